@@ -1,0 +1,1 @@
+"""The operations that decide the speed of VSSD, a folder each."""

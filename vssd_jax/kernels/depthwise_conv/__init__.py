@@ -1,0 +1,3 @@
+from vssd_jax.kernels.depthwise_conv.api import depthwise_conv
+
+__all__ = ["depthwise_conv"]

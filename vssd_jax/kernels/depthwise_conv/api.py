@@ -1,0 +1,35 @@
+"""3x3 depthwise convolution with bias, and what surrounds it in the network."""
+
+import jax
+
+from vssd_jax.kernels.depthwise_conv import xla
+
+
+def depthwise_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    *,
+    stride: int = 1,
+    activation: str | None = None,
+    residual: bool = False,
+) -> jax.Array:
+    """Convolves each channel with its own 3x3 kernel, padded by one pixel of zeros.
+
+    Args:
+      x: (B, H, W, C).
+      kernel: (3, 3, C).
+      bias: (C,).
+      stride: 1 or 2; the output has ceil(H / stride) x ceil(W / stride) pixels.
+      activation: None, "silu" or "relu", applied to convolution and bias.
+      residual: whether `x` is added at the end; needs stride 1.
+
+    Returns:
+      (B, ceil(H / stride), ceil(W / stride), C) in the dtype of `x`.
+    """
+    y = xla.depthwise_conv(x, kernel, bias, stride=stride)
+    if activation is not None:
+        y = {"silu": jax.nn.silu, "relu": jax.nn.relu}[activation](y)
+    if residual:
+        y = y + x
+    return y.astype(x.dtype)

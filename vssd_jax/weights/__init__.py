@@ -1,0 +1,1 @@
+"""Weights in and out: PyTorch's names (names.py), model state (state.py), folders (folder.py)."""
