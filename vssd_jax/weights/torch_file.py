@@ -28,10 +28,10 @@ import numpy as np
 
 from vssd_jax.errors import UserError
 
-# Far above any real checkpoint (a few hundred kilobytes; mmengine's histories a few megabytes),
-# and low enough that a made-up pickle ends within seconds and a few hundred megabytes.
+# Far above any real checkpoint (base with its EMA and optimizer takes 100,000 opcodes; mmengine's
+# histories a few megabytes), and low enough that a made-up pickle ends within seconds.
 _MAX_PICKLE_BYTES = 256 << 20
-_MAX_OPCODES = 2_000_000
+_MAX_OPCODES = 1_000_000
 # No name in a checkpoint is longer. Shorter strings cost nothing to copy, compare or hash, however
 # often a made-up pickle asks for it.
 _MAX_NAME = 1000
@@ -100,7 +100,7 @@ def _show(text: str, limit: int = 80) -> str:
     return plain if len(plain) <= limit else plain[:limit] + "..."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Inert:
     """What stands for anything that is not plain data or a tensor. It does nothing."""
 
@@ -272,7 +272,7 @@ def _rebuild_tensor(storage, offset, shape, strides, dtype=None) -> Tensor:
     """A tensor whose every element is known to lie inside its storage."""
     if not isinstance(storage, _Storage):
         raise _Refused("corrupt: a tensor without a storage")
-    dtype = dtype or storage.dtype
+    dtype = storage.dtype if dtype is None else dtype
     if not isinstance(dtype, np.dtype):
         raise _Refused("corrupt: a tensor without a dtype")
     if not (_is_counts((offset,)) and _is_counts(shape) and _is_counts(strides)):
@@ -556,7 +556,7 @@ def _storage_finder(archive: _Archive):
             what = _show(storage_type.name) if isinstance(storage_type, Inert) else "another type"
             raise _Refused(f"a storage of {what}, which is not supported")
         dtype = storage_type.dtype
-        nbytes = numel * (dtype.itemsize if dtype else 1)
+        nbytes = numel * (1 if dtype is None else dtype.itemsize)
         if nbytes != archive.size(f"data/{key}"):
             raise _Refused(f"truncated or corrupt: record data/{_show(key)} has the wrong size")
         return _Storage(archive, key, dtype, nbytes)
@@ -592,7 +592,7 @@ def read_torch_file(path: str | os.PathLike) -> Any:
     except _Refused as error:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # whatever a made-up pickle trips over: it is no checkpoint
         raise UserError(
             f"{path}: corrupt: its pickle cannot be interpreted ({type(error).__name__})"
@@ -647,7 +647,7 @@ def select_state_dict(
         kind: checkpoint[place]
         for kind, places in _PLACES.items()
         for place in reversed(places)
-        if isinstance(checkpoint.get(place), dict | Inert)
+        if isinstance(value := checkpoint.get(place), Inert) or (type(value) is dict and value)
     }
     if not found and any(isinstance(value, Tensor) for value in checkpoint.values()):
         found = {"model": checkpoint}
@@ -743,7 +743,7 @@ def write_torch_file(path: str | os.PathLike, state_dict: Mapping[str, np.ndarra
                     os.unlink(temporary)
                 raise
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _write_record(archive: zipfile.ZipFile, file, name: str, data: bytes | memoryview) -> None:
