@@ -229,7 +229,7 @@ CORPUS = {
     "import_of_a_module": Hostile(checkpoint(config=names(EVIL_MODULE, "anything")), refused=False),
     "state_of_our_class": Hostile(
         checkpoint(
-            config=names("vssd_jax.weights.torch_file", "Inert")
+            config=names("vssd_jax.weights.torch_file", "Tensor")
             + items(b"N", mapping(vssd_pwned=b"\x88"))
             + b"b"
         ),
@@ -257,7 +257,7 @@ def effects() -> list[str]:
     done = {
         "file": Path(MARKER).exists(),
         "environment": MARKER in os.environ,
-        "class": hasattr(torch_file.Inert, MARKER),
+        "class": hasattr(torch_file.Tensor, MARKER),
         "function": hasattr(torch._utils._rebuild_tensor_v2, MARKER),
         "module": MARKER in torch_file._GLOBALS,
         "extension": ("posix", "system") in copyreg._extension_registry,
@@ -268,8 +268,8 @@ def effects() -> list[str]:
 def undo() -> None:
     Path(MARKER).unlink(missing_ok=True)
     os.environ.pop(MARKER, None)
-    if hasattr(torch_file.Inert, MARKER):
-        delattr(torch_file.Inert, MARKER)
+    if hasattr(torch_file.Tensor, MARKER):
+        delattr(torch_file.Tensor, MARKER)
     torch._utils._rebuild_tensor_v2.__dict__.pop(MARKER, None)
     torch_file._GLOBALS.pop(MARKER, None)
     if ("posix", "system") in copyreg._extension_registry:
