@@ -209,7 +209,8 @@ CORPUS = {
                 call(names("builtins", "getattr"), stack_names("zipfile", "os"), text("system")),
                 text(COMMAND),
             )
-        )
+        ),
+        refused=False,
     ),
     "memo_that_is_overwritten": Hostile(
         names("collections", "OrderedDict")

@@ -146,6 +146,14 @@ def test_corpus_is_hostile(name, folder):
     assert hostile.effects()
 
 
+def test_harmless_names_are_inert(folder):
+    names = [("mmengine.runner", "trace"), ("torch.profiler", "profile"), ("builtins", "getattr")]
+    for module, name in names:
+        config = hostile.call(hostile.names(module, name))
+        path = hostile.write_zip(folder / "file.pth", hostile.checkpoint(config=config))
+        assert read_torch_file(path)["config"] == Inert(f"{module}.{name}")
+
+
 def test_hostile_file_that_is_no_zip(folder):
     payload = hostile.CORPUS["whole_file"].pickled
     for name, head in {"raw.pth": b"\x80\x02", "legacy.pth": torch_file._LEGACY_MAGIC}.items():

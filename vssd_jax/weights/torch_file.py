@@ -368,11 +368,10 @@ def _find_global(module: Any, name: Any) -> Any:
         raise _Refused("corrupt: a global with a name of unlikely length")
     if (module, name) in _GLOBALS:
         return _GLOBALS[module, name]
-    # A dotted name reaches into its module: every part of it counts.
-    parts = [module.split(".")[0], *name.split(".")]
-    builtin = parts[0] in ("builtins", "__builtin__", "__builtins__")
-    if not _HARMFUL_MODULES.isdisjoint(parts) or (
-        builtin and not _HARMFUL_BUILTINS.isdisjoint(parts)
+    root, path = module.split(".")[0], name.split(".")
+    if (
+        not _HARMFUL_MODULES.isdisjoint([root, *path[:-1]])  # a dotted name reaches into modules
+        or (root in ("builtins", "__builtin__") and not _HARMFUL_BUILTINS.isdisjoint(path))
     ):
         raise _Refused(
             f"refused: it calls for {_show(f'{module}.{name}')}, which has no place in a "
