@@ -63,7 +63,8 @@ def causal_ssd(x, dt, a, b, c, d):
 
 def bidirectional_ssd(x, dt, a, b, c, d):
     """Half of the heads and groups scan forward, the other half backward; see `causal_ssd`."""
-    halves = [jnp.split(t, 2, axis) for t, axis in ((x, 2), (dt, 2), (a, 0), (b, 2), (c, 2), (d, 0))]
+    axes = ((x, 2), (dt, 2), (a, 0), (b, 2), (c, 2), (d, 0))
+    halves = [jnp.split(t, 2, axis) for t, axis in axes]
     forward, backward = zip(*halves, strict=True)
     x, dt, a, b, c, d = backward
     x, dt, b, c = (jnp.flip(t, 1) for t in (x, dt, b, c))

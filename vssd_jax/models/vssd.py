@@ -165,7 +165,8 @@ class Conv(nnx.Module):
         init = torch_uniform(size * size * inputs)
         shape = (size, size, inputs, outputs)
         self.kernel = nnx.Param(init(rngs.params(), shape, precision.state))
-        self.bias = nnx.Param(init(rngs.params(), (outputs,), precision.state)) if use_bias else None
+        bias = init(rngs.params(), (outputs,), precision.state) if use_bias else None
+        self.bias = None if bias is None else nnx.Param(bias)
         self.stride = stride
         self.padding = size // 2 if padding is None else padding
         self.precision = precision
@@ -310,7 +311,9 @@ class ConvDownsample(nnx.Module):
     def __init__(self, channels, *, precision, rngs):
         wide = 8 * channels
         self.conv1 = Conv(channels, wide, 1, precision=precision, rngs=rngs)
-        self.conv2 = DepthwiseConv(wide, stride=2, activation="relu", precision=precision, rngs=rngs)
+        self.conv2 = DepthwiseConv(
+            wide, stride=2, activation="relu", precision=precision, rngs=rngs
+        )
         self.conv3 = ConvNorm(wide, 2 * channels, 1, precision=precision, rngs=rngs)
 
     def __call__(self, x):

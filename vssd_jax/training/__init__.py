@@ -1,0 +1,1 @@
+"""State, optimizer, loop, checkpoints and metrics: one loop for every task."""
