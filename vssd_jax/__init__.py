@@ -1,6 +1,14 @@
 """VSSD in JAX: Vision Mamba with Non-Causal State Space Duality (arXiv 2407.18559)."""
 
 from vssd_jax.errors import UserError
-from vssd_jax.models.registry import create_model, list_models
 
 __all__ = ["UserError", "create_model", "list_models"]
+
+
+def __getattr__(name):
+    # Late, because the input pipeline's worker processes import this package without jax.
+    if name in ("create_model", "list_models"):
+        from vssd_jax.models import registry
+
+        return getattr(registry, name)
+    raise AttributeError(f"module 'vssd_jax' has no attribute {name!r}")

@@ -1,0 +1,87 @@
+"""Batches by Grain, a function of seed and step alone.
+
+Batch i of the training stream holds the same samples, in the same order and with the same
+random transforms, whatever the number of workers and processes, and also after a resume.
+"""
+
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+
+
+def _iterate(dataset: grain.MapDataset, num_workers: int) -> Iterator[dict]:
+    threads = grain.ReadOptions(num_threads=0 if num_workers else 2, prefetch_buffer_size=16)
+    batches = dataset.to_iter_dataset(threads)
+    if num_workers:
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    return iter(batches)
+
+
+def train_batches(
+    source,
+    transform: Callable[[dict, np.random.Generator], dict],
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict]:
+    """Endless batches of this process's share, reshuffled every epoch.
+
+    Args:
+      source: has `__len__` and `__getitem__`.
+      transform: element and random generator -> dict of arrays of fixed shape.
+      batch_size: global; each process gets its contiguous rows of every global batch.
+      seed: of the order and the transforms.
+      start_step: the first batch to yield.
+      num_workers: worker processes; 0 reads in threads of this process.
+      process_index, process_count: which share.
+    """
+    dataset = (
+        grain.MapDataset.source(source)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .random_map(transform)
+        .batch(batch_size // process_count)
+    )
+    return _iterate(dataset[start_step * process_count + process_index :: process_count], num_workers)
+
+
+class _Padded:
+    """A source whose length is a multiple of the batch size; says which elements are real."""
+
+    def __init__(self, source, batch_size: int):
+        self.source, self.batch_size = source, batch_size
+
+    def __len__(self):
+        return -(-len(self.source) // self.batch_size) * self.batch_size
+
+    def __getitem__(self, index):
+        valid = index < len(self.source)
+        return {**self.source[index if valid else 0], "valid": np.bool_(valid)}
+
+
+def eval_batches(
+    source,
+    transform: Callable[[dict], dict],
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict]:
+    """Every element once, in order; the last batch is padded and `valid` masks the padding."""
+
+    def apply(element):
+        return {"valid": element.pop("valid"), **transform(element)}
+
+    dataset = (
+        grain.MapDataset.source(_Padded(source, batch_size))
+        .map(apply)
+        .batch(batch_size // process_count)
+    )
+    return _iterate(dataset[process_index::process_count], num_workers)

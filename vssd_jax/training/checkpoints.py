@@ -1,0 +1,106 @@
+"""Checkpoints of a run by Orbax: the latest two and the best one are kept.
+
+A checkpoint has two parts: "ema", the averaged weights that evaluation reads, by dotted name;
+and "train", the rest of the training state.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from vssd_jax.errors import UserError
+from vssd_jax.training.state import Arrays, TrainState
+
+_FOLDER = "checkpoints"
+
+
+def has_checkpoints(path: str | pathlib.Path) -> bool:
+    """Whether `path` is the workdir of a training run."""
+    return (pathlib.Path(path) / _FOLDER).is_dir()
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """A tree's leaves by their paths: Orbax then need not know our classes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _parts(state: TrainState) -> dict[str, dict]:
+    return {"ema": state.ema, "train": _named(state.replace(ema={}))}
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+      workdir: folder of the run.
+      best_metric: the metric whose highest value marks the best checkpoint.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, *, best_metric: str):
+        self._best_metric = best_metric
+        policies = ocp.training.preservation_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            pathlib.Path(workdir).absolute() / _FOLDER,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(2), policies.BestN(get_metric_fn=self._score, n=1)]
+            ),
+            cleanup_tmp_directories=True,
+        )
+
+    def _score(self, metrics) -> float:
+        return metrics.get(self._best_metric, float("-inf")) if metrics else float("-inf")
+
+    @property
+    def latest_step(self) -> int | None:
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    @property
+    def best_step(self) -> int | None:
+        """Of the highest metric; the latest of equals."""
+        best = max(
+            self._checkpointer.checkpoints,
+            key=lambda checkpoint: (self._score(checkpoint.metrics), checkpoint.step),
+            default=None,
+        )
+        return None if best is None else best.step
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """That were saved with the checkpoint of `step`."""
+        for checkpoint in self._checkpointer.checkpoints:
+            if checkpoint.step == step:
+                return checkpoint.metrics or {}
+        return {}
+
+    def save(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Starts to save; returns as soon as the arrays may change again."""
+        self._checkpointer.save_checkpointables_async(
+            int(state.step), _parts(state), metrics=metrics, force=True
+        )
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The latest state, placed as the shardings of `abstract` say."""
+        step = self.latest_step
+        try:
+            parts = self._checkpointer.load_checkpointables(step, _parts(abstract))
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"the checkpoint of step {step} in {self._checkpointer.directory} does not fit the "
+                "config; use another --workdir or the config it was trained with"
+            ) from error
+        structure = jax.tree.structure(abstract.replace(ema={}))
+        names = _named(abstract.replace(ema={}))
+        state = jax.tree.unflatten(structure, [parts["train"][name] for name in names])
+        return state.replace(ema=parts["ema"])
+
+    def restore_ema(self, abstract: Arrays, *, step: int) -> Arrays:
+        """The averaged weights and statistics of a step."""
+        return self._checkpointer.load_checkpointables(step, {"ema": abstract})["ema"]
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self._checkpointer.close()

@@ -1,0 +1,76 @@
+"""Metrics on disk: metrics.jsonl, TensorBoard files and curves.png."""
+
+import json
+import os
+import pathlib
+
+from tensorboardX import SummaryWriter
+
+
+def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
+    """The lines of `metrics.jsonl`; a line that a killed run left unfinished is dropped."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class MetricWriter:
+    """Writes named scalars by step.
+
+    Args:
+      workdir: folder of the run.
+      start_step: what an earlier run wrote for later steps is dropped: those steps run again.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, start_step: int):
+        self._workdir = pathlib.Path(workdir)
+        kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
+        path = self._workdir / "metrics.jsonl"
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(part, path)
+        self._file = path.open("a")
+        self._tensorboard = SummaryWriter(str(self._workdir), purge_step=start_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        values = {name: float(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def plot(self) -> None:
+        """Draws every metric against the step into `curves.png`."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for line in read_metrics(self._workdir):
+            for name, value in line.items():
+                if name != "step":
+                    curves.setdefault(name, []).append((line["step"], value))
+        names = sorted(curves, key=lambda name: (not name.startswith("val/"), name))
+        columns = min(3, len(names)) or 1
+        rows = -(-len(names) // columns) or 1
+        figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        for index, name in enumerate(names):
+            axes = figure.add_subplot(rows, columns, index + 1)
+            axes.plot(*zip(*curves[name], strict=True), marker="." if len(curves[name]) < 30 else None)
+            axes.set_title(name)
+            axes.set_xlabel("step")
+            axes.grid(alpha=0.3)
+        part = self._workdir / "curves.part.png"
+        figure.savefig(part, dpi=110)
+        os.replace(part, self._workdir / "curves.png")
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()

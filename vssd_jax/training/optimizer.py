@@ -1,0 +1,74 @@
+"""Learning-rate schedules and the optimizer, from the fields of a config."""
+
+import ml_collections
+import optax
+
+
+def make_schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate by step: linear warm-up, then cosine, linear or step decay.
+
+    The config's rates hold for a batch of `learning_rate_batch` images and scale with
+    `batch_size`; None leaves them as they are.
+    """
+    scale = 1.0
+    if config.learning_rate_batch is not None:
+        scale = config.batch_size / config.learning_rate_batch
+    peak = config.learning_rate * scale
+    total = total_steps(config, steps_per_epoch)
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_epochs * steps_per_epoch)
+    warmup = min(warmup, total)
+    start, end = config.warmup_learning_rate * scale, config.min_learning_rate * scale
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(total - warmup, 1), end / peak)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, end, max(total - warmup, 1))
+    elif config.schedule == "steps":
+        drops = {round(epoch * steps_per_epoch) - warmup: 0.1 for epoch in config.decay_epochs}
+        after = optax.piecewise_constant_schedule(peak, drops)
+    else:
+        raise ValueError(f"unknown schedule {config.schedule!r}: cosine, linear or steps")
+    if warmup == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(start, peak, warmup), after], [warmup])
+
+
+def total_steps(config: ml_collections.ConfigDict, steps_per_epoch: int) -> int:
+    """Of the whole run: `config.steps`, or `config.epochs` in steps."""
+    return config.steps or config.epochs * steps_per_epoch
+
+
+def decay_mask(params: dict, no_decay: str) -> dict:
+    """Which tensors have weight decay.
+
+    Args:
+      params: arrays by dotted name.
+      no_decay: "vectors" leaves out all with fewer than two dimensions (the classification
+        recipe); "norms" only scales and biases of normalisation (detection, segmentation).
+    """
+    if no_decay == "vectors":
+        return {name: value.ndim >= 2 for name, value in params.items()}
+    if no_decay == "norms":
+        return {
+            name: not any(part in ("norm", "norm1", "norm2", "out_norms") for part in name.split("."))
+            for name in params
+        }
+    raise ValueError(f"unknown no_decay {no_decay!r}: vectors or norms")
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """AdamW with decoupled weight decay, after clipping by the global norm."""
+    adamw = optax.adamw(
+        schedule,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=config.weight_decay,
+        mask=lambda params: decay_mask(params, config.no_decay),
+    )
+    if not config.clip_grad_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_grad_norm), adamw)
