@@ -49,7 +49,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def load(data_dir: str, split: str):
-    """A random-access source of `{"image": PNG bytes, "label": int}`, prepared at the first call."""
+    """A source of `{"image": PNG bytes, "label": int}`, prepared at the first call."""
     builder = Digits(data_dir=str(pathlib.Path(data_dir).absolute()), file_format="array_record")
     builder.download_and_prepare()
     return tfds.data_source(

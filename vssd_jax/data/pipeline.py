@@ -48,7 +48,9 @@ def train_batches(
         .random_map(transform)
         .batch(batch_size // process_count)
     )
-    return _iterate(dataset[start_step * process_count + process_index :: process_count], num_workers)
+    return _iterate(
+        dataset[start_step * process_count + process_index :: process_count], num_workers
+    )
 
 
 class _Padded:

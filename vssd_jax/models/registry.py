@@ -45,6 +45,29 @@ def create_model(
     Raises:
       UserError: unknown names and options, and weights that do not fit.
     """
+    model = build(
+        name,
+        num_classes=num_classes,
+        dtype=dtype,
+        implementation=implementation,
+        rngs=nnx.Rngs(seed),
+        **overrides,
+    )
+    model.eval()
+    return model
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    implementation: str | None = None,
+    remat: bool = False,
+    rngs: nnx.Rngs,
+    **overrides: Any,
+) -> nnx.Module:
+    """A fresh model in training mode; see `create_model`."""
     if name not in list_models():
         raise UserError(f"unknown model {name!r}{did_you_mean(name, list_models())}")
     config = getattr(VSSDConfig, name.removeprefix("vssd_"))()
@@ -56,14 +79,13 @@ def create_model(
         config = dataclasses.replace(config, **overrides)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
-    model = VSSD(
+    return VSSD(
         config,
         num_classes=1000 if num_classes is None else num_classes,
         dtype=dtype,
-        rngs=nnx.Rngs(seed),
+        remat=remat,
+        rngs=rngs,
     )
-    model.eval()
-    return model
 
 
 def did_you_mean(word: str, choices) -> str:

@@ -32,9 +32,8 @@ class Classification:
             )
             self._eval_transform = functools.partial(digits.eval_transform, size=config.image_size)
         else:
-            raise UserError(
-                f"unknown dataset {config.dataset!r}{registry.did_you_mean(config.dataset, ['digits'])}"
-            )
+            near = registry.did_you_mean(config.dataset, ["digits"])
+            raise UserError(f"unknown dataset {config.dataset!r}{near}")
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The fresh model, in training mode."""

@@ -63,7 +63,9 @@ class MetricWriter:
         FigureCanvasAgg(figure)
         for index, name in enumerate(names):
             axes = figure.add_subplot(rows, columns, index + 1)
-            axes.plot(*zip(*curves[name], strict=True), marker="." if len(curves[name]) < 30 else None)
+            axes.plot(
+                *zip(*curves[name], strict=True), marker="." if len(curves[name]) < 30 else None
+            )
             axes.set_title(name)
             axes.set_xlabel("step")
             axes.grid(alpha=0.3)

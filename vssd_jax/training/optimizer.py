@@ -51,7 +51,9 @@ def decay_mask(params: dict, no_decay: str) -> dict:
         return {name: value.ndim >= 2 for name, value in params.items()}
     if no_decay == "norms":
         return {
-            name: not any(part in ("norm", "norm1", "norm2", "out_norms") for part in name.split("."))
+            name: not any(
+                part in ("norm", "norm1", "norm2", "out_norms") for part in name.split(".")
+            )
             for name in params
         }
     raise ValueError(f"unknown no_decay {no_decay!r}: vectors or norms")

@@ -1,0 +1,22 @@
+"""Trains a model, or goes on with what lies in the workdir.
+
+python train.py --config configs/digits.py [--workdir runs/digits] [--config.batch_size=64 ...]
+"""
+
+from absl import flags
+
+from vssd_jax import cli
+
+cli.define_config()
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config's name>.")
+
+
+def main():
+    config = cli.load_config()
+    from vssd_jax.training.loop import train
+
+    train(config, WORKDIR.value or f"runs/{cli.config_name()}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

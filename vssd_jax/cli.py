@@ -1,0 +1,92 @@
+"""What the command-line scripts share.
+
+Whatever a user can mend ends with one clear line on standard error and exit status 2.
+"""
+
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from vssd_jax.errors import UserError
+
+
+def define_config() -> flags.FlagHolder:
+    """The `--config` flag, whose fields `--config.field=value` overrides."""
+    from ml_collections import config_flags
+
+    return config_flags.DEFINE_config_file(
+        "config", None, "Config file, for example configs/digits.py.", lock_config=True
+    )
+
+
+def load_config():
+    """The ConfigDict that `--config` names, with its overrides."""
+    config = flags.FLAGS.config
+    if config is None:
+        raise UserError("--config is missing; see --help")
+    path = _config_path()
+    if not path.is_file():
+        raise UserError(f"there is no config file {path}")
+    try:
+        config.to_dict()  # ml_collections keeps what the file raised for the first access
+    except Exception as error:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+    return config
+
+
+def config_name() -> str:
+    """The name of the given config file without folder, suffix and argument."""
+    return _config_path().stem
+
+
+def _config_path() -> pathlib.Path:
+    from ml_collections import config_flags
+
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    return pathlib.Path(name.split(":")[0])  # what follows a colon is get_config's argument
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls `main`."""
+
+    def parse(argv):
+        try:
+            rest = flags.FLAGS(argv)
+        except (flags.Error, UserError) as error:
+            _fail(str(error))
+        except (AttributeError, KeyError) as error:  # ml_collections: no such field
+            near = re.search(r'Did you mean "(\w+)"', str(error))
+            name = re.search(r"\w+", str(error.args[0]))
+            hint = f"; did you mean {near[1]!r}?" if near else ""
+            _fail(f"the config has no field {name[0]!r}{hint}" if name else str(error))
+        except OSError as error:  # an override of a config that cannot be loaded
+            _fail(f"the config cannot be loaded: {str(error).splitlines()[-1]}")
+        except SyntaxError as error:
+            _fail(f"the config is not a Python file: {error}")
+        if len(rest) > 1:
+            _fail(f"unexpected argument {rest[1]!r}; options are --name=value")
+        return rest
+
+    def guarded(argv):
+        logging.set_verbosity(logging.WARNING)
+        try:
+            main()
+        except UserError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            sys.stdout.flush()
+            os._exit(130)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _fail(message: str) -> None:
+    line = "; ".join(part.strip() for part in message.splitlines() if part.strip())
+    print(f"{pathlib.Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,48 @@
+"""The fields that every run has, with their defaults; configs/ fills in the rest."""
+
+import ml_collections
+
+
+def base_config() -> ml_collections.ConfigDict:
+    """A config for `train.py`; a field that is None is left to the task or to the device."""
+    config = ml_collections.ConfigDict()
+    config.task = "classification"
+    config.seed = 0
+
+    config.model = "vssd_tiny"
+    config.model_options = {}  # overrides of the model's config, see create_model
+    config.dtype = "float32"  # of the activations; "bfloat16" on GPUs
+    config.implementation = ml_collections.config_dict.placeholder(str)  # xla, pallas, triton
+    config.remat = False  # recompute blocks in the backward pass: less memory, more time
+    config.init_from = ml_collections.config_dict.placeholder(str)  # weights to start from
+
+    config.dataset = "imagenet2012"
+    config.data_dir = "data"
+    config.image_size = 224
+    config.num_workers = 0  # processes that prepare batches; 0 uses threads
+
+    config.batch_size = 1024  # global
+    config.eval_batch_size = 1024
+    config.accumulate = 1  # micro-batches of a step
+    config.epochs = 300
+    config.steps = ml_collections.config_dict.placeholder(int)  # instead of epochs
+
+    config.learning_rate = 5e-4
+    # The batch for which the rates hold; they scale with batch_size. None: no scaling.
+    config.learning_rate_batch = ml_collections.config_dict.placeholder(int)
+    config.schedule = "cosine"  # or "linear", "steps"
+    config.min_learning_rate = 0.0
+    config.warmup_learning_rate = 0.0
+    config.warmup_epochs = 0.0
+    config.warmup_steps = ml_collections.config_dict.placeholder(int)  # instead of epochs
+    config.decay_epochs = ()  # of schedule "steps": a tenth after each
+    config.weight_decay = 0.05
+    config.no_decay = "vectors"  # or "norms"
+    config.clip_grad_norm = 5.0  # 0: no clipping
+    config.ema_decay = 0.9999
+    config.max_nonfinite = 10  # skipped steps in a row that end the run
+
+    config.mesh = {"data": -1}  # devices per axis; -1: all that are left
+    config.eval_every_epochs = 1
+    config.log_every_steps = 50
+    return config

@@ -1,0 +1,233 @@
+"""The training loop, the same for every task, and the evaluation of averaged weights."""
+
+import collections
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from vssd_jax.errors import UserError
+from vssd_jax.tasks import make_task
+from vssd_jax.training import optimizer as optim
+from vssd_jax.training.checkpoints import Checkpoints
+from vssd_jax.training.metrics import MetricWriter
+from vssd_jax.training.state import Arrays, Functional, init_state, make_train_step
+
+_PREFETCH = 2  # batches on the devices ahead of the step
+
+
+def make_mesh(axes: dict[str, int]) -> Mesh:
+    """A mesh over all devices; one axis may be -1 and takes those that are left."""
+    sizes, devices = dict(axes), jax.device_count()
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    for name, size in sizes.items():
+        if size == -1:
+            sizes[name] = devices // known
+    if int(np.prod(list(sizes.values()))) != devices:
+        raise UserError(f"config.mesh {dict(axes)} does not fit {devices} devices")
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
+
+
+def _check_batch(name: str, size: int, devices: int, parts: int = 1) -> None:
+    if size <= 0 or size % (devices * parts):
+        accumulation = f" times {parts} micro-batches" if parts > 1 else ""
+        raise UserError(
+            f"config.{name}={size} does not divide over {devices} devices{accumulation}; "
+            f"use a multiple of {devices * parts}"
+        )
+
+
+def _device_batches(batches: Iterator[dict], mesh: Mesh) -> Iterator[dict]:
+    """Puts batches on the devices, split along the first axis, a few ahead."""
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    ahead = collections.deque()
+    for batch in batches:
+        ahead.append(
+            jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+        )
+        if len(ahead) > _PREFETCH:
+            yield ahead.popleft()
+    yield from ahead
+
+
+class Evaluator:
+    """Evaluates the weights of a task's model; compiled once.
+
+    Args:
+      task: see `vssd_jax.tasks`.
+      functional: the task's model.
+      mesh: the devices.
+    """
+
+    def __init__(self, task, functional: Functional, mesh: Mesh):
+        _check_batch("eval_batch_size", task.config.eval_batch_size, mesh.size)
+        self._task, self._mesh = task, mesh
+        self._step = jax.jit(
+            lambda arrays, batch: task.eval_step(functional.merge(arrays, training=False), batch),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+        )
+
+    def __call__(self, arrays: Arrays) -> dict[str, float]:
+        """The metrics of the whole evaluation set."""
+        batches = _device_batches(self._task.eval_batches(), self._mesh)
+        return self._task.summarize(jax.device_get([self._step(arrays, b) for b in batches]))
+
+
+class _StopSignal:
+    """Notes SIGTERM and SIGINT; a second one ends the process at once."""
+
+    def __enter__(self):
+        self.received = False
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, number, frame):
+        if self.received:
+            os._exit(128 + number)
+        self.received = True
+
+    def __exit__(self, *exc):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _prepare_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Makes the folder and notes the config; a changed config is told, not refused."""
+    path = workdir / "config.json"
+    text = json.dumps(config.to_dict(), indent=2, default=str)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            old, new = json.loads(path.read_text()), json.loads(text)
+            changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+            if changed:
+                print(f"the config differs from this workdir's in {', '.join(changed)}")
+        part = path.with_suffix(".part")
+        part.write_text(text)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"the workdir {workdir} cannot be written: {error.strerror}") from error
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
+    """Trains from the latest checkpoint in `workdir`, or from the start.
+
+    Returns:
+      The metrics of the last evaluation.
+
+    Raises:
+      UserError: a config, dataset or workdir that cannot be used.
+    """
+    workdir = pathlib.Path(workdir)
+    task = make_task(config)
+    mesh = make_mesh(config.mesh)
+    _check_batch("batch_size", config.batch_size, mesh.size, config.accumulate)
+    steps_per_epoch = task.train_size // config.batch_size
+    if steps_per_epoch == 0:
+        raise UserError(
+            f"config.batch_size={config.batch_size} is more than the {task.train_size} images "
+            "for training"
+        )
+    functional = Functional(task.build)
+    evaluate = Evaluator(task, functional, mesh)
+    total = optim.total_steps(config, steps_per_epoch)
+    eval_every = config.eval_every_epochs * steps_per_epoch
+    schedule = optim.make_schedule(config, steps_per_epoch)
+    optimizer = optim.make_optimizer(config, schedule)
+    _prepare_workdir(workdir, config)
+
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    abstract = jax.eval_shape(lambda: init_state(functional, optimizer, init_key))
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    checkpoints = Checkpoints(workdir, best_metric=task.best_metric)
+    start = checkpoints.latest_step or 0
+    if start:
+        state = checkpoints.restore(abstract)
+        print(f"resumed {workdir} at step {start} of {total}")
+    else:
+        init = jax.jit(lambda key: init_state(functional, optimizer, key), out_shardings=shardings)
+        state = init(init_key)
+    train_step = jax.jit(
+        make_train_step(
+            functional,
+            optimizer,
+            task.loss,
+            ema_decay=config.ema_decay,
+            accumulate=config.accumulate,
+        ),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated),
+    )
+
+    results = checkpoints.metrics(start) if start else {}
+    writer = MetricWriter(workdir, start)
+    batches = _device_batches(task.train_batches(start), mesh)
+    progress = tqdm(
+        total=total, initial=start, unit="step", mininterval=1 if sys.stderr.isatty() else 20
+    )
+    pending, since, step = [], time.perf_counter(), start
+    with _StopSignal() as stop, progress:
+        while step < total and not stop.received:
+            state, metrics = train_step(state, next(batches), step_key)
+            step += 1
+            pending.append(metrics)
+            progress.update()
+            evaluating = step % eval_every == 0 or step == total
+            if step % config.log_every_steps == 0 or step == total or stop.received:
+                logged = _mean(jax.device_get(pending), "train/")
+                speed = len(pending) * config.batch_size / (time.perf_counter() - since)
+                logged["train/learning_rate"] = float(schedule(step - 1))
+                logged["train/images_per_second"] = speed
+                _check_finite(int(state.nonfinite), config, step, logged, checkpoints)
+                writer.write(step, logged)
+                progress.set_postfix_str(f"{speed:.0f} images/s, loss {logged['train/loss']:.3f}")
+                pending, since = [], time.perf_counter()
+            if evaluating or stop.received:
+                begin = time.perf_counter()
+                if evaluating:
+                    results = evaluate(state.ema)
+                    writer.write(step, results)
+                    writer.plot()
+                checkpoints.save(state, results if evaluating else {})
+                since += time.perf_counter() - begin  # the speed is that of training
+    checkpoints.close()
+    writer.close()
+    name = task.best_metric
+    if step < total:
+        print(f"stopped: {workdir} is saved at step {step} of {total}; the same command resumes")
+    else:
+        best = checkpoints.best_step
+        print(
+            f"done: {workdir} has {name} {results[name]:.4f} at step {step} "
+            f"(best {checkpoints.metrics(best)[name]:.4f} at step {best})"
+        )
+    return results
+
+
+def _mean(metrics: list[dict], prefix: str) -> dict[str, float]:
+    return {prefix + name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+
+
+def _check_finite(nonfinite: int, config, step: int, logged: dict, checkpoints: Checkpoints):
+    """Ends a run that skips all its steps."""
+    if nonfinite >= config.max_nonfinite:
+        raise UserError(
+            f"the loss or gradient was not finite in the last {nonfinite} steps, at step {step} "
+            f"with learning rate {logged['train/learning_rate']:.3g}; the last good checkpoint is "
+            f"that of step {checkpoints.latest_step}"
+        )
