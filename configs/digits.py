@@ -20,10 +20,10 @@ def get_config(arg=None):
 
     config.batch_size = 64
     config.eval_batch_size = 120
-    config.epochs = 40
+    config.epochs = 25
     config.learning_rate = 2e-3
     config.min_learning_rate = 1e-5
-    config.warmup_epochs = 3
-    config.ema_decay = 0.99
+    config.warmup_epochs = 2
+    config.ema_decay = 0.97
     config.log_every_steps = 11
     return config

@@ -55,7 +55,7 @@ def set_state(
     if problems:
         raise UserError(f"the weights do not fit the model; {'; '.join(problems)}")
     for name, value in new.items():
-        variables[name][...] = value
+        variables[name] = variables[name].replace(value)
     nnx.update(model, nnx.from_flat_state(
         [(_path(name), variable) for name, variable in variables.items()]))
 

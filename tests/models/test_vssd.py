@@ -1,0 +1,162 @@
+"""The model against the outputs of the authors' code."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.golden_model import (
+    ABLATIONS,
+    GOLDEN,
+    ablation_config,
+    golden_images,
+    golden_model,
+    relative_error,
+    run,
+)
+from vssd_jax.models.vssd import VSSD, BatchNorm, DropPath, Precision, VSSDConfig
+
+VARIANTS = ("micro", "tiny", "small", "base")
+
+
+def test_nano_logits_in_float64(x64):
+    model = golden_model(VSSDConfig.nano(), "classification_nano", num_classes=10, dtype="float64")
+    logits = run(model, golden_images((2, 3, 64, 64), dtype=np.float64))
+    expected = np.load(GOLDEN / "classification_nano.npz")["logits_f64"]
+    assert relative_error(logits, expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablation_logits_in_float64(name, x64):
+    model = golden_model(ablation_config(name), f"nano_{name}", num_classes=10, dtype="float64")
+    logits = run(model, golden_images((2, 3, 64, 64), dtype=np.float64))
+    expected = np.load(GOLDEN / f"ablation_nano_{name}.npz")["logits_f64"]
+    assert relative_error(logits, expected) < 1e-12
+
+
+@pytest.mark.parametrize("size", [(64, 96), (97, 131)])
+def test_backbone_maps_in_float64(size, x64):
+    model = golden_model(VSSDConfig.nano(), "backbone_nano", num_classes=None, dtype="float64")
+    images = golden_images((1, 3, *size), dtype=np.float64)
+    maps = nnx.jit(lambda model, images: model.feature_maps(images))(model, images)
+    golden = np.load(GOLDEN / "backbone_nano.npz")
+    for index, actual in enumerate(maps):
+        expected = golden[f"{size[0]}x{size[1]}_out{index}"].transpose(0, 2, 3, 1)
+        assert actual.shape == expected.shape
+        assert relative_error(actual, expected) < 1e-12
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_logits_in_float32(variant):
+    config = getattr(VSSDConfig, variant)()
+    inventory = f"classification_{variant}"
+    model = golden_model(config, inventory, num_classes=1000, dtype="float32")
+    golden = np.load(GOLDEN / f"{inventory}.npz")
+    logits = run(model, golden_images((2, 3, 224, 224)))
+    np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(logits, golden["logits_f64"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", ["nano", "micro", "tiny", "small"])
+def test_rectangular_logits_in_float32(variant):
+    config = getattr(VSSDConfig, variant)()
+    inventory = f"classification_{variant}"
+    classes, size = (10, (96, 160)) if variant == "nano" else (1000, (256, 320))
+    model = golden_model(config, inventory, num_classes=classes, dtype="float32")
+    logits = run(model, golden_images((1, 3, *size), salt=1))
+    expected = np.load(GOLDEN / f"{inventory}.npz")["logits_rect"]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+
+
+def test_bfloat16_is_near_float32():
+    images = golden_images((2, 3, 224, 224))
+    exact, rounded = (
+        run(golden_model(VSSDConfig.tiny(), "classification_tiny", num_classes=1000, dtype=dtype),
+            images)
+        for dtype in ("float32", "bfloat16")
+    )  # fmt: skip
+    assert rounded.dtype == np.float32
+    assert np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.02
+
+
+def test_state_is_float32_whatever_the_dtype():
+    model = nnx.eval_shape(
+        lambda: VSSD(VSSDConfig.nano(), num_classes=10, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    )
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
+    assert leaves
+    assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+
+
+def test_remat_changes_no_gradient(x64):
+    config = VSSDConfig(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 1, 2, 2), d_state=4)
+    images = golden_images((2, 3, 32, 32), dtype=np.float64)
+
+    def gradient(remat):
+        model = VSSD(config, num_classes=3, dtype="float64", remat=remat, rngs=nnx.Rngs(0))
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def loss(params):
+            merged = nnx.merge(graph, params, rest, copy=True)
+            return jnp.square(merged(images, nnx.Rngs(dropout=1))).sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(params)
+        text = compiled.as_text()
+        return compiled.compile()(params), text
+
+    (plain, plain_text), (rematerialised, remat_text) = gradient(False), gradient(True)
+    assert "optimization_barrier" in remat_text
+    assert "optimization_barrier" not in plain_text
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(rematerialised), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_batch_norm_keeps_pytorchs_statistics(x64):
+    x = np.random.default_rng(0).normal(2, 3, (4, 5, 3, 2))
+    norm = BatchNorm(2, precision=Precision(jnp.float64))
+    y = norm(x)
+    np.testing.assert_allclose(np.mean(y, (0, 1, 2)), 0, atol=1e-12)
+    np.testing.assert_allclose(norm.mean[...], 0.1 * x.mean((0, 1, 2)))
+    np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1))
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    drop = DropPath(0.3)
+    y = np.asarray(drop(jnp.ones((4000, 2, 2)), nnx.Rngs(dropout=0)))
+    assert ((y == y[:, :1, :1]).all(axis=(1, 2))).all()
+    kept = y[:, 0, 0] > 0
+    np.testing.assert_allclose(y[kept], 1 / 0.7, rtol=1e-6)
+    assert abs(kept.mean() - 0.7) < 3 * (0.3 * 0.7 / 4000) ** 0.5
+    with pytest.raises(ValueError, match="rngs"):
+        drop(jnp.ones((1, 2)), None)
+    drop.eval()
+    assert (drop(jnp.ones((9, 2)), None) == 1).all()
+
+
+def test_drop_path_rises_linearly():
+    model = nnx.eval_shape(lambda: VSSD(VSSDConfig.tiny(), num_classes=10, rngs=nnx.Rngs(0)))
+    rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]
+    np.testing.assert_allclose(rates, np.linspace(0, 0.2, 18))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depths": (1, 2)}, "depths"),
+        ({"mixers": ("ncssd", "ncssd", "ncssd", "mamba")}, "mamba"),
+        ({"stem": "big"}, "stem"),
+        ({"token_weight_sign": 0}, "token_weight_sign"),
+        ({"ngroups": 3}, "groups"),
+        ({"num_heads": (3, 4, 8, 16)}, "heads"),
+    ],
+)
+def test_impossible_configs_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        VSSDConfig(**options)
+
+
+def test_images_of_a_wrong_shape_are_refused():
+    model = nnx.eval_shape(lambda: VSSD(VSSDConfig.nano(), num_classes=10, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="images"):
+        model(jnp.zeros((1, 3, 32, 32)))
