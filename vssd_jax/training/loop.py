@@ -1,87 +1,26 @@
-"""The training loop, the same for every task, and the evaluation of averaged weights."""
+"""The training loop, the same for every task."""
 
-import collections
 import json
 import os
 import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
 
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from vssd_jax.errors import UserError
 from vssd_jax.tasks import make_task
 from vssd_jax.training import optimizer as optim
 from vssd_jax.training.checkpoints import Checkpoints
+from vssd_jax.training.evaluation import Evaluator
 from vssd_jax.training.metrics import MetricWriter
-from vssd_jax.training.state import Arrays, Functional, init_state, make_train_step
-
-_PREFETCH = 2  # batches on the devices ahead of the step
-
-
-def make_mesh(axes: dict[str, int]) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes those that are left."""
-    sizes, devices = dict(axes), jax.device_count()
-    known = int(np.prod([size for size in sizes.values() if size != -1]))
-    for name, size in sizes.items():
-        if size == -1:
-            sizes[name] = devices // known
-    if int(np.prod(list(sizes.values()))) != devices:
-        raise UserError(f"config.mesh {dict(axes)} does not fit {devices} devices")
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
-    )
-
-
-def _check_batch(name: str, size: int, devices: int, parts: int = 1) -> None:
-    if size <= 0 or size % (devices * parts):
-        accumulation = f" times {parts} micro-batches" if parts > 1 else ""
-        raise UserError(
-            f"config.{name}={size} does not divide over {devices} devices{accumulation}; "
-            f"use a multiple of {devices * parts}"
-        )
-
-
-def _device_batches(batches: Iterator[dict], mesh: Mesh) -> Iterator[dict]:
-    """Puts batches on the devices, split along the first axis, a few ahead."""
-    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    ahead = collections.deque()
-    for batch in batches:
-        ahead.append(
-            jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-        )
-        if len(ahead) > _PREFETCH:
-            yield ahead.popleft()
-    yield from ahead
-
-
-class Evaluator:
-    """Evaluates the weights of a task's model; compiled once.
-
-    Args:
-      task: see `vssd_jax.tasks`.
-      functional: the task's model.
-      mesh: the devices.
-    """
-
-    def __init__(self, task, functional: Functional, mesh: Mesh):
-        _check_batch("eval_batch_size", task.config.eval_batch_size, mesh.size)
-        self._task, self._mesh = task, mesh
-        self._step = jax.jit(
-            lambda arrays, batch: task.eval_step(functional.merge(arrays, training=False), batch),
-            out_shardings=NamedSharding(mesh, PartitionSpec()),
-        )
-
-    def __call__(self, arrays: Arrays) -> dict[str, float]:
-        """The metrics of the whole evaluation set."""
-        batches = _device_batches(self._task.eval_batches(), self._mesh)
-        return self._task.summarize(jax.device_get([self._step(arrays, b) for b in batches]))
+from vssd_jax.training.sharding import check_batch, device_batches, make_mesh
+from vssd_jax.training.state import Functional, init_state, make_train_step
 
 
 class _StopSignal:
@@ -132,7 +71,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
     workdir = pathlib.Path(workdir)
     task = make_task(config)
     mesh = make_mesh(config.mesh)
-    _check_batch("batch_size", config.batch_size, mesh.size, config.accumulate)
+    check_batch("batch_size", config.batch_size, mesh.size, config.accumulate)
     steps_per_epoch = task.train_size // config.batch_size
     if steps_per_epoch == 0:
         raise UserError(
@@ -160,8 +99,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
         state = checkpoints.restore(abstract)
         print(f"resumed {workdir} at step {start} of {total}")
     else:
-        init = jax.jit(lambda key: init_state(functional, optimizer, key), out_shardings=shardings)
-        state = init(init_key)
+        state = jax.device_put(init_state(functional, optimizer, init_key), shardings)
     train_step = jax.jit(
         make_train_step(
             functional,
@@ -176,7 +114,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
 
     results = checkpoints.metrics(start) if start else {}
     writer = MetricWriter(workdir, start)
-    batches = _device_batches(task.train_batches(start), mesh)
+    batches = device_batches(task.train_batches(start), mesh)
     progress = tqdm(
         total=total, initial=start, unit="step", mininterval=1 if sys.stderr.isatty() else 20
     )

@@ -41,6 +41,9 @@ class Functional:
 
     Args:
       build: makes the module in training mode from an `nnx.Rngs`.
+
+    Attributes:
+      abstract: the module in evaluation mode, with shapes in place of arrays.
     """
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
@@ -49,6 +52,7 @@ class Functional:
         self._train_graph, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
         model.eval()
         self._eval_graph = nnx.graphdef(model)
+        self.abstract = model
         self._structures = [jax.tree.structure(state) for state in states]
         self._names = [
             [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)] for state in states
@@ -158,7 +162,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(key, state.step)
         gradient, batch_stats, metrics = gradient_of(state, batch, key)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,33 @@
+"""Evaluates weights: parameters, multiply-adds and the metrics of the config's task.
+
+    python eval.py --config configs/tiny.py --weights weights/vssd_tiny [--throughput]
+
+`--weights` takes a weights folder, a .pth file, hf://owner/repo/file, or the workdir of a
+training run, of which it takes the averaged weights of the latest checkpoint. The last line of
+the output is JSON.
+"""
+
+import json
+
+from absl import flags
+
+from vssd_jax import cli
+from vssd_jax.errors import UserError
+
+cli.define_config()
+WEIGHTS = flags.DEFINE_string("weights", None, "What to evaluate, see above.")
+THROUGHPUT = flags.DEFINE_bool("throughput", False, "Measure the images per second as well.")
+
+
+def main():
+    config = cli.load_config()
+    if WEIGHTS.value is None:
+        raise UserError("--weights is missing; see --help")
+    from vssd_jax.training.evaluation import evaluate_weights
+
+    results = evaluate_weights(config, WEIGHTS.value, throughput=THROUGHPUT.value)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    cli.run(main)

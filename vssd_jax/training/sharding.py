@@ -1,0 +1,49 @@
+"""The mesh of devices, and how batches are laid over it."""
+
+import collections
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vssd_jax.errors import UserError
+
+_PREFETCH = 2  # batches on the devices ahead of the step
+
+
+def make_mesh(axes: dict[str, int]) -> Mesh:
+    """A mesh over all devices; one axis may be -1 and takes those that are left."""
+    sizes, devices = dict(axes), jax.device_count()
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    for name, size in sizes.items():
+        if size == -1:
+            sizes[name] = devices // known
+    if int(np.prod(list(sizes.values()))) != devices:
+        raise UserError(f"config.mesh {dict(axes)} does not fit {devices} devices")
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
+
+
+def check_batch(name: str, size: int, devices: int, parts: int = 1) -> None:
+    """Raises a UserError unless a batch divides over devices and micro-batches."""
+    if size <= 0 or size % (devices * parts):
+        accumulation = f" times {parts} micro-batches" if parts > 1 else ""
+        raise UserError(
+            f"config.{name}={size} does not divide over {devices} devices{accumulation}; "
+            f"use a multiple of {devices * parts}"
+        )
+
+
+def device_batches(batches: Iterator[dict], mesh: Mesh) -> Iterator[dict]:
+    """Puts batches on the devices, split along the first axis, a few ahead."""
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    ahead = collections.deque()
+    for batch in batches:
+        ahead.append(
+            jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+        )
+        if len(ahead) > _PREFETCH:
+            yield ahead.popleft()
+    yield from ahead
