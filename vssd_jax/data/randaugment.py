@@ -28,9 +28,7 @@ def _lookup(image: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 def _histograms(image: np.ndarray) -> list[np.ndarray]:
     # Flattened, because the shape depends on OpenCV's version.
-    return [
-        cv2.calcHist([image], [c], None, [256], [0, 256]).ravel().astype(int) for c in range(3)
-    ]
+    return [cv2.calcHist([image], [c], None, [256], [0, 256]).ravel().astype(int) for c in range(3)]
 
 
 def auto_contrast(image: np.ndarray) -> np.ndarray:
