@@ -18,6 +18,15 @@ FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 _LEVELS = np.arange(256)
 # ITU-R 601 luma in the 16-bit fixed point of Pillow's convert("L"); OpenCV's own differs by one.
 _LUMA = np.float32([[19595, 38470, 7471]]) / 65536
+# Pillow cuts off fractions where OpenCV rounds to the nearest: almost a half less makes them agree,
+# and leaves a whole number what it is in spite of rounding errors.
+_CUT_OFF = -0.498
+
+
+def to_uint8(values: np.ndarray, shift: float = 0.0) -> np.ndarray:
+    """Rounds a 2-D float32 array, plus `shift`, to the nearest grey level; overwrites it."""
+    cv2.threshold(values, 0, 0, cv2.THRESH_TOZERO, dst=values)
+    return cv2.convertScaleAbs(values, beta=shift)
 
 
 def _lookup(image: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -75,8 +84,7 @@ def solarize_add(image: np.ndarray, amount: int) -> np.ndarray:
 
 
 def _blend(degenerate: np.ndarray, image: np.ndarray, factor: float) -> np.ndarray:
-    # Pillow cuts off fractions, OpenCV rounds to the nearest: almost a half less makes them agree.
-    return cv2.addWeighted(image, factor, degenerate, 1 - factor, -0.498)
+    return cv2.addWeighted(image, factor, degenerate, 1 - factor, _CUT_OFF)
 
 
 def _blend_levels(degenerate: int, factor: float) -> np.ndarray:
@@ -121,27 +129,27 @@ def _shift_rows(image: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     fractions; it spends most of its time on the other dimension, which a shear leaves alone.
     """
     height, width, _ = image.shape
-    base = np.floor(shifts).astype(np.int32)
+    base = np.floor(shifts).astype(int)
     d = (shifts - base).astype(np.float32)
-    columns = np.clip(base[:, None] + np.arange(-1, width + 2), 0, width - 1)
-    rows = np.broadcast_to(np.arange(height)[:, None], columns.shape)
-    taps = cv2.remap(
-        image, columns.astype(np.float32), rows.astype(np.float32), cv2.INTER_NEAREST
-    ).astype(np.float32)
-    weights = (
-        ((2 - d) * d - 1) * d,
-        (d - 2) * d * d + 1,
-        ((1 - d) * d + 1) * d,
-        (d - 1) * d * d,
+    weights = np.stack(
+        (((2 - d) * d - 1) * d, (d - 2) * d * d + 1, ((1 - d) * d + 1) * d, (d - 1) * d * d), axis=1
     )
-    # Rounding in float32 must not pull a whole number below itself.
-    result = np.full((height, width, 3), 2e-4, np.float32)
-    for offset, weight in enumerate(weights):
-        result += weight[:, None, None] * taps[:, offset : offset + width]
-    result = np.clip(result, 0, 255, out=result).astype(np.uint8)
-    source = np.arange(width) + 0.5 + shifts[:, None]
-    result[(source < 0) | (source >= width)] = FILL
-    return result
+    margin = int(np.abs(base).max()) + 2
+    padded = cv2.copyMakeBorder(image, 0, 0, margin, margin, cv2.BORDER_REPLICATE)
+    padded = padded.reshape(height, -1)
+    length = 3 * (width + 3)
+    taps = np.empty((height, length), np.float32)
+    for y, start in enumerate(3 * (margin - 1 + base)):
+        taps[y] = padded[y, start : start + length]
+    # windows[y, k] is row y from its tap k on: overlapping views, no copies.
+    windows = np.lib.stride_tricks.as_strided(
+        taps, (height, 4, 3 * width), (taps.strides[0], 3 * taps.itemsize, taps.itemsize)
+    )
+    result = to_uint8(np.einsum("hk,hkj->hj", weights, windows), _CUT_OFF).reshape(height, width, 3)
+    column = np.arange(width)
+    first = np.ceil(-0.5 - shifts).astype(int)[:, None]
+    inside = (column >= first) & (column < first + width)
+    return cv2.copyTo(result, inside.astype(np.uint8), np.full_like(image, FILL))
 
 
 def _shift_columns(image: np.ndarray, shifts: np.ndarray) -> np.ndarray:
@@ -223,9 +231,9 @@ def sample_operations(
     for index in rng.integers(len(_NAMES), size=num_ops):
         if rng.random() >= probability:
             continue
-        level = np.clip(rng.normal(magnitude, magnitude_std), 0.0, MAX_MAGNITUDE)
+        level = min(max(rng.normal(magnitude, magnitude_std), 0.0), MAX_MAGNITUDE)
         name = _NAMES[index]
-        chosen.append((name, OPERATIONS[name][1](float(level), rng)))
+        chosen.append((name, OPERATIONS[name][1](level, rng)))
     return chosen
 
 
