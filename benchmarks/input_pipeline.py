@@ -98,6 +98,9 @@ def pipelines(root: pathlib.Path) -> dict:
     source = ImageFolder(root, "train")
     decoded = DecodedSource(source)
     cache = CachedSource(decoded, root / "cache", shorter_side=256)
+    # A long run soon knows the resizing matrix of every crop; these few pictures would not.
+    for size in range(1, 501):
+        transforms.resize(np.zeros((size, size, 3), np.uint8), IMAGE_SIZE, IMAGE_SIZE)
     transform = transforms.TrainTransform(image_size=IMAGE_SIZE)
     return {
         "pillow": lambda i, rng: pillow_example(source[i]["image"], rng),

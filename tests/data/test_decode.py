@@ -40,6 +40,7 @@ def cmyk():
         pytest.param(encode(picture(), "JPEG", quality=92, subsampling=2), id="4:2:0"),
         pytest.param(encode(picture(), "JPEG", quality=92, subsampling=0), id="4:4:4"),
         pytest.param(encode(picture(), "JPEG", progressive=True), id="progressive"),
+        pytest.param(encode(picture(), "JPEG", keep_rgb=True), id="JPEG of RGB, not YCbCr"),
         pytest.param(encode(picture().convert("L"), "JPEG"), id="greyscale"),
         pytest.param(encode(cmyk(), "JPEG"), id="CMYK, inverted by Adobe's rule"),
         pytest.param(encode(picture(), "JPEG", exif=exif(6)), id="EXIF orientation ignored"),
@@ -63,6 +64,17 @@ def test_equals_pillow(data):
     assert result.dtype == np.uint8
     assert result.shape == expected.shape
     assert np.abs(result - expected).max() <= 1
+
+
+def test_opencv_takes_the_common_jpegs(monkeypatch):
+    """The fast way is taken where it should be, and only there."""
+    monkeypatch.setattr(Image, "open", None)
+    for options in ({}, {"progressive": True}, {"exif": exif(3)}, {"subsampling": 0}):
+        decode(encode(picture(), "JPEG", **options))
+    decode(encode(picture().convert("L"), "JPEG"))
+    for data in (encode(cmyk(), "JPEG"), encode(picture(), "PNG"), encode(picture(), "JPEG")[:-2]):
+        with pytest.raises(UnreadableImage, match="NoneType"):
+            decode(data)
 
 
 def test_palette_with_transparency_warns_of_nothing():

@@ -29,17 +29,29 @@ def decode(data: bytes) -> np.ndarray:
       UnreadableImage: the bytes hold no complete picture.
     """
     try:
+        if _is_common_jpeg(data):
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _OPENCV_FLAGS)
+            if pixels is not None:
+                return pixels
         with Image.open(io.BytesIO(data)) as image:
-            # Whether OpenCV refuses a JPEG without an end marker depends on its version.
-            if image.format == "JPEG" and image.mode in ("L", "RGB") and b"\xff\xd9" in data[-64:]:
-                pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _OPENCV_FLAGS)
-                if pixels is not None:
-                    return pixels
             return _to_rgb(image)
     # A damaged file can fail anywhere in a decoder: Pillow raises OSError, SyntaxError, ValueError,
     # struct.error and more, OpenCV cv2.error.
     except Exception as error:
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+
+
+def _is_common_jpeg(data: bytes) -> bool:
+    """Whether these are the bytes of a greyscale or YCbCr JPEG of 8 bits, up to its end marker."""
+    # Whether OpenCV refuses a JPEG without an end depends on its version.
+    if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data[-64:]:
+        return False
+    position = 2
+    while position + 9 < len(data) and data[position] == 0xFF:
+        if data[position + 1] in (0xC0, 0xC1, 0xC2):  # start of a baseline or progressive frame
+            return data[position + 4] == 8 and data[position + 9] in (1, 3)
+        position += 2 + int.from_bytes(data[position + 2 : position + 4])
+    return False
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -64,12 +64,11 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def path(self, index) -> pathlib.Path:
-        name = os.fsdecode(bytes(self._names[index]))
-        return self._folder / self.classes[self._labels[index]] / name
-
     def __getitem__(self, index) -> dict:
-        return {"image": self.path(index).read_bytes(), "label": self._labels[index]}
+        label = self._labels[index]
+        name = os.fsdecode(self._names[index])
+        with open(os.path.join(self._folder, self.classes[label], name), "rb") as file:
+            return {"image": file.read(), "label": label}
 
 
 def _class_names(folder: pathlib.Path) -> list[str]:

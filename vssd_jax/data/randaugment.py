@@ -5,6 +5,8 @@ are a lookup table or a filter in OpenCV, which is several times faster than Pil
 from 0 (weak) to 10; the "increasing" variants of timm grow stronger with it.
 """
 
+import functools
+
 import cv2
 import numpy as np
 from PIL import Image
@@ -134,22 +136,22 @@ def _shift_rows(image: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     weights = np.stack(
         (((2 - d) * d - 1) * d, (d - 2) * d * d + 1, ((1 - d) * d + 1) * d, (d - 1) * d * d), axis=1
     )
-    margin = int(np.abs(base).max()) + 2
-    padded = cv2.copyMakeBorder(image, 0, 0, margin, margin, cv2.BORDER_REPLICATE)
-    padded = padded.reshape(height, -1)
-    length = 3 * (width + 3)
-    taps = np.empty((height, length), np.float32)
-    for y, start in enumerate(3 * (margin - 1 + base)):
-        taps[y] = padded[y, start : start + length]
+    columns = np.float32(base)[:, None] + np.arange(-1, width + 2, dtype=np.float32)
+    rows = np.repeat(np.arange(height, dtype=np.float32)[:, None], width + 3, axis=1)
+    np.clip(columns, 0, width - 1, out=columns)
+    taps = cv2.remap(image, columns, rows, cv2.INTER_NEAREST).astype(np.float32)
     # windows[y, k] is row y from its tap k on: overlapping views, no copies.
-    windows = np.lib.stride_tricks.as_strided(
-        taps, (height, 4, 3 * width), (taps.strides[0], 3 * taps.itemsize, taps.itemsize)
-    )
+    windows = np.lib.stride_tricks.as_strided(taps, (height, 4, 3 * width), taps.strides)
     result = to_uint8(np.einsum("hk,hkj->hj", weights, windows), _CUT_OFF).reshape(height, width, 3)
-    column = np.arange(width)
-    first = np.ceil(-0.5 - shifts).astype(int)[:, None]
-    inside = (column >= first) & (column < first + width)
-    return cv2.copyTo(result, inside.astype(np.uint8), np.full_like(image, FILL))
+    column = np.arange(width, dtype=np.int16)
+    first = np.ceil(-0.5 - shifts).astype(np.int16)[:, None]
+    inside = (column >= first) & (column < first + np.int16(width))
+    return cv2.copyTo(result, inside.view(np.uint8), _mean_picture(height, width).copy())
+
+
+@functools.lru_cache(maxsize=8)
+def _mean_picture(height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), FILL, np.uint8)
 
 
 def _shift_columns(image: np.ndarray, shifts: np.ndarray) -> np.ndarray:
