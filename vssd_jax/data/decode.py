@@ -4,7 +4,7 @@ import io
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vssd_jax.errors import UserError
 
@@ -35,6 +35,8 @@ def decode(data: bytes) -> np.ndarray:
                 return pixels
         with Image.open(io.BytesIO(data)) as image:
             return _to_rgb(image)
+    except UnidentifiedImageError:
+        raise UnreadableImage("no known picture format") from None
     # A damaged file can fail anywhere in a decoder: Pillow raises OSError, SyntaxError, ValueError,
     # struct.error and more, OpenCV cv2.error.
     except Exception as error:
