@@ -2,12 +2,18 @@
 
     python benchmarks/input_pipeline.py --output input_pipeline.json
 
-Both decode the same ImageNet-like JPEGs and apply the same draws of crop, flip, RandAugment and
-erasing, from bytes to uint8. Per core means per second of processor time, the two pipelines taking
-turns picture by picture, so that other work on the machine touches both alike; the ratio is the
-median over repetitions. Then `--workers` processes, one a core, run the pipeline at once: the
-scaling is their joint rate by the clock over the number of workers times the rate of one, and
-wants a machine with nothing else to do.
+All pipelines decode the same ImageNet-like JPEGs and apply the same draws of crop, flip,
+RandAugment and erasing:
+
+- "pillow" is the plain pipeline: Pillow, then NumPy normalises and erases, all on the host;
+- "pillow, uint8" stops before normalisation, for a comparison of the pixel work alone;
+- "vssd_jax" is what this project's hosts do: the device normalises and erases;
+- "vssd_jax, cache_decoded" is the same from a cache of decoded pictures.
+
+Per core means per second of processor time, the pipelines taking turns picture by picture, so that
+other work on the machine touches all alike; ratios are medians over repetitions. Then `--workers`
+processes, one a core, run the pipeline at once: the scaling is their joint rate by the clock over
+the number of workers times the rate of one, and wants a machine with nothing else to do.
 """
 
 import argparse
@@ -28,12 +34,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from vssd_jax.data import transforms
 from vssd_jax.data.cached import CachedSource
+from vssd_jax.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.image_folder import ImageFolder
 from vssd_jax.data.randaugment import FILL, sample_operations
 
 BICUBIC = Image.Resampling.BICUBIC
 IMAGE_SIZE = 224
+MEAN, STD = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
 
 
 def write_pictures(root: pathlib.Path, count: int) -> None:
@@ -93,6 +101,19 @@ def pillow_example(data: bytes, rng: np.random.Generator) -> dict:
     return {"image": np.array(image), "erase": np.array(erase, np.int32)}
 
 
+def pillow_complete(data: bytes, rng: np.random.Generator) -> dict:
+    """`pillow_example` through normalisation and random erasing: (224, 224, 3) float32."""
+    example = pillow_example(data, rng)
+    image = example["image"].astype(np.float32)
+    image /= 255
+    image -= MEAN
+    image /= STD
+    top, left, height, width = example["erase"]
+    noise = rng.standard_normal((height, width, 3), np.float32)
+    image[top : top + height, left : left + width] = noise
+    return {"image": image}
+
+
 def pipelines(root: pathlib.Path) -> dict:
     """name -> (index, generator) -> example."""
     source = ImageFolder(root, "train")
@@ -103,7 +124,8 @@ def pipelines(root: pathlib.Path) -> dict:
         transforms.resize(np.zeros((size, size, 3), np.uint8), IMAGE_SIZE, IMAGE_SIZE)
     transform = transforms.TrainTransform(image_size=IMAGE_SIZE)
     return {
-        "pillow": lambda i, rng: pillow_example(source[i]["image"], rng),
+        "pillow": lambda i, rng: pillow_complete(source[i]["image"], rng),
+        "pillow, uint8": lambda i, rng: pillow_example(source[i]["image"], rng),
         "vssd_jax": lambda i, rng: transform(decoded[i], rng),
         "vssd_jax, cache_decoded": lambda i, rng: transform(cache[i], rng),
     }
@@ -112,7 +134,7 @@ def pipelines(root: pathlib.Path) -> dict:
 def check_agreement(functions: dict, count: int) -> None:
     """The comparison means nothing unless both do the same work."""
     for i in range(count):
-        one = functions["pillow"](i, np.random.default_rng(i))
+        one = functions["pillow, uint8"](i, np.random.default_rng(i))
         other = functions["vssd_jax"](i, np.random.default_rng(i))
         difference = np.abs(one["image"].astype(int) - other["image"])
         # A grey level of the resized picture can grow in what follows, as where it is equalised
@@ -131,6 +153,13 @@ def core_seconds(functions: dict, count: int, epoch: int) -> dict:
             function(i, rng)
             total[name] += time.process_time() - start
     return total
+
+
+def ratios(times: dict, baseline: str) -> dict:
+    return {
+        name: statistics.median(a / b for a, b in zip(times[baseline], t, strict=True))
+        for name, t in times.items()
+    }
 
 
 def run(function, count: int, epoch: int) -> None:
@@ -191,16 +220,16 @@ def main() -> None:
         "images_per_second_per_core": {
             name: count / statistics.median(t) for name, t in times.items()
         },
-        "ratio_to_pillow": {
-            name: statistics.median(a / b for a, b in zip(times["pillow"], t, strict=True))
-            for name, t in times.items()
-        },
+        "ratio_to_pillow": ratios(times, "pillow"),
+        "ratio_to_pillow_uint8": ratios(times, "pillow, uint8"),
         "images_per_second_by_workers": rates,
         "scaling_per_worker": rates[arguments.workers] / (arguments.workers * rates[1]),
     }
-    print(f"{'pipeline':<26}{'images/s per core':>18}{'ratio':>8}")
+    print(f"{'pipeline':<26}{'images/s per core':>18}{'ratio':>8}{'to uint8':>10}")
     for name, rate in report["images_per_second_per_core"].items():
-        print(f"{name:<26}{rate:>18.0f}{report['ratio_to_pillow'][name]:>8.2f}")
+        to_complete = report["ratio_to_pillow"][name]
+        to_uint8 = report["ratio_to_pillow_uint8"][name]
+        print(f"{name:<26}{rate:>18.0f}{to_complete:>8.2f}{to_uint8:>10.2f}")
     for workers, rate in rates.items():
         print(f"{workers} worker(s): {rate:.0f} images/s")
     print(f"scaling per worker: {report['scaling_per_worker']:.2f}")
