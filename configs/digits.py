@@ -5,18 +5,15 @@
 Expected: above 97 % top-1 on the 360 test digits.
 """
 
-from vssd_jax.config import base_config
+from vssd_jax.config import classification_config
 
 
 def get_config(arg=None):
-    config = base_config()
+    config = classification_config()
     config.model = "vssd_nano"
     config.model_options = {"drop_path": 0.05}
     config.dataset = "digits"
     config.image_size = 32
-    config.label_smoothing = 0.1
-    config.mesa = 0.0  # weight of the distance to the averaged model
-    config.mesa_start_epoch = 10
 
     config.batch_size = 64
     config.eval_batch_size = 120

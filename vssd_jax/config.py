@@ -11,6 +11,7 @@ def base_config() -> ml_collections.ConfigDict:
 
     config.model = "vssd_tiny"
     config.model_options = {}  # overrides of the model's config, see create_model
+    config.num_classes = ml_collections.config_dict.placeholder(int)  # None: the dataset's
     config.dtype = "float32"  # of the activations; "bfloat16" on GPUs
     config.implementation = ml_collections.config_dict.placeholder(str)  # xla, pallas, triton
     config.remat = False  # recompute blocks in the backward pass: less memory, more time
@@ -45,4 +46,18 @@ def base_config() -> ml_collections.ConfigDict:
     config.mesh = {"data": -1}  # devices per axis; -1: all that are left
     config.eval_every_epochs = 1
     config.log_every_steps = 50
+    return config
+
+
+def classification_config() -> ml_collections.ConfigDict:
+    """The base config with the fields of classification."""
+    config = base_config()
+    config.label_smoothing = 0.1
+    config.mixup_alpha = 0.0
+    config.cutmix_alpha = 0.0
+    config.mesa = 0.0  # weight of the distance to the averaged model; 0: none
+    config.mesa_start_epoch = 0
+    # A folder for decoded training pictures, where the processors cannot keep up.
+    config.cache_decoded = ml_collections.config_dict.placeholder(str)
+    config.max_unreadable = 0.01  # share of unreadable pictures that ends the run
     return config

@@ -1,5 +1,6 @@
 """scikit-learn's 1,797 hand-written digits as a TFDS dataset in array_record format."""
 
+import dataclasses
 import io
 import pathlib
 
@@ -7,14 +8,16 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
+from vssd_jax.errors import UserError
+
 NUM_CLASSES = 10
 TEST_SIZE = 360
-MEAN, STD = 0.305, 0.376  # of the pixels, scaled to [0, 1]
 
 
-class Digits(tfds.core.GeneratorBasedBuilder):
+class DigitsBuilder(tfds.core.GeneratorBasedBuilder):
     """8x8 grey-scale digits, the last 360 of them as the test split."""
 
+    name = "digits"
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
@@ -48,43 +51,74 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             yield index, {"image": io.BytesIO(png.getvalue()), "label": int(label)}
 
 
-def load(data_dir: str, split: str):
-    """A source of `{"image": PNG bytes, "label": int}`, prepared at the first call."""
-    builder = Digits(data_dir=str(pathlib.Path(data_dir).absolute()), file_format="array_record")
-    builder.download_and_prepare()
-    return tfds.data_source(
-        "digits",
-        data_dir=builder.data_path.parents[1],
-        split=split,
-        decoders={"image": tfds.decode.SkipDecoding()},
-    )
+class Digits:
+    """A random-access source of `{"image": PNG bytes, "label": int}`; prepared when first used.
+
+    Args:
+      data_dir: where the dataset is, or is to be.
+      split: "train" or "val".
+
+    Raises:
+      UserError: a folder that cannot be written.
+    """
+
+    num_classes = NUM_CLASSES
+
+    def __init__(self, data_dir: str, split: str):
+        folder = pathlib.Path(data_dir).absolute()
+        try:
+            builder = DigitsBuilder(data_dir=str(folder), file_format="array_record")
+            if not builder.data_path.exists():
+                tfds.disable_progress_bar()
+                builder.download_and_prepare()
+        except OSError as error:
+            raise UserError(
+                f"the digits cannot be prepared in {data_dir}: {error.strerror or error}"
+            ) from error
+        self._source = tfds.data_source(
+            builder.name,
+            data_dir=folder,
+            split={"train": "train", "val": "test"}[split],
+            decoders={"image": tfds.decode.SkipDecoding()},
+        )
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index) -> dict:
+        return self._source[int(index)]
 
 
-def _warp(png: bytes, size: int, angle: float, scale: float, shift) -> np.ndarray:
-    """The decoded digit, turned by degrees, scaled and shifted in pixels: (size, size, 3)."""
-    image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_GRAYSCALE)
+def _warp(image: np.ndarray, size: int, angle=0.0, scale=1.0, shift=(0.0, 0.0)) -> np.ndarray:
+    """The digit turned by degrees, scaled and shifted in pixels of the output."""
     old, new = (image.shape[0] - 1) / 2, (size - 1) / 2
     matrix = cv2.getRotationMatrix2D((old, old), angle, scale * size / image.shape[0])
     matrix[:, 2] += new - old + np.asarray(shift)
-    image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_CUBIC)
-    image = (image.astype(np.float32) / 255 - MEAN) / STD
-    return np.repeat(image[..., None], 3, axis=-1)
+    return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_CUBIC)
 
 
-def train_transform(element: dict, rng: np.random.Generator, *, size: int) -> dict:
-    """Random rotation, scale and shift."""
-    image = _warp(
-        element["image"],
-        size,
-        rng.uniform(-12, 12),
-        rng.uniform(0.9, 1.1),
-        rng.uniform(-0.08, 0.08, 2) * size,
-    )
-    return {"image": image, "label": np.int32(element["label"])}
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """Random rotation, scale and shift; the image becomes (size, size, 3) uint8."""
+
+    size: int
+
+    def __call__(self, element: dict, rng: np.random.Generator) -> dict:
+        image = _warp(
+            element["image"],
+            self.size,
+            rng.uniform(-12, 12),
+            rng.uniform(0.9, 1.1),
+            rng.uniform(-0.08, 0.08, 2) * self.size,
+        )
+        return {**element, "image": image}
 
 
-def eval_transform(element: dict, *, size: int) -> dict:
-    return {
-        "image": _warp(element["image"], size, 0.0, 1.0, (0.0, 0.0)),
-        "label": np.int32(element["label"]),
-    }
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """Scales the digit up; the image becomes (size, size, 3) uint8."""
+
+    size: int
+
+    def __call__(self, element: dict) -> dict:
+        return {**element, "image": _warp(element["image"], self.size)}

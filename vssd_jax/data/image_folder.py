@@ -55,6 +55,7 @@ class ImageFolder:
                 f"Expected files that end in {', '.join(ENDINGS)}; remove the folder of a class "
                 "that is not to be used."
             )
+        self.num_classes = len(self.classes)
         self._folder = folder
         # Fixed-width arrays: a list of a million strings would weigh hundreds of megabytes in
         # every worker.

@@ -45,6 +45,7 @@ class TfdsImageNet:
                 f"{folder} has no split {name!r}, only {', '.join(builder.info.splits) or 'none'}. "
                 "Prepare the dataset again with all archives in place."
             )
+        self.num_classes = builder.info.features["label"].num_classes
         self._source = builder.as_data_source(
             split=name, decoders={"image": tfds.decode.SkipDecoding()}
         )

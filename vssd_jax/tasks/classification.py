@@ -10,8 +10,13 @@ import optax
 from flax import nnx
 
 from vssd_jax.data import pipeline
+from vssd_jax.data.decode import DecodedSource
 from vssd_jax.errors import UserError
 from vssd_jax.models import registry
+from vssd_jax.training import image_ops
+from vssd_jax.training.mixup import mixup_cutmix
+
+DATASETS = ("digits", "imagenet2012")
 
 
 class Classification:
@@ -21,19 +26,16 @@ class Classification:
 
     def __init__(self, config: ml_collections.ConfigDict):
         self.config = config
-        if config.dataset == "digits":
-            from vssd_jax.data import digits
-
-            self.num_classes = digits.NUM_CLASSES
-            self._load = functools.partial(digits.load, config.data_dir)
-            self._splits = ("train", "test")
-            self._train_transform = functools.partial(
-                digits.train_transform, size=config.image_size
-            )
-            self._eval_transform = functools.partial(digits.eval_transform, size=config.image_size)
-        else:
-            near = registry.did_you_mean(config.dataset, ["digits"])
+        if config.dataset not in DATASETS:
+            near = registry.did_you_mean(config.dataset, DATASETS)
             raise UserError(f"unknown dataset {config.dataset!r}{near}")
+
+    @functools.cached_property
+    def num_classes(self) -> int:
+        """Of `config.num_classes`, or else of the dataset."""
+        if self.config.num_classes is not None:
+            return self.config.num_classes
+        return self._pictures("val").num_classes
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The fresh model, in training mode."""
@@ -48,18 +50,32 @@ class Classification:
             **config.model_options,
         )
 
-    @functools.cached_property
-    def _train_source(self):
-        return self._load(self._splits[0])
+    @functools.cache  # noqa: B019 - a task lives as long as its run
+    def _pictures(self, split: str):
+        """The encoded pictures of "train" or "val"."""
+        if self.config.dataset == "digits":
+            from vssd_jax.data.digits import Digits
 
-    @functools.cached_property
-    def _eval_source(self):
-        return self._load(self._splits[1])
+            return Digits(self.config.data_dir, split)
+        from vssd_jax.data.imagenet import open_imagenet
+
+        return open_imagenet(self.config.data_dir, split)
+
+    def _transforms(self):
+        """For training and for evaluation."""
+        size = self.config.image_size
+        if self.config.dataset == "digits":
+            from vssd_jax.data import digits
+
+            return digits.TrainTransform(size), digits.EvalTransform(size)
+        from vssd_jax.data.transforms import EvalTransform, TrainTransform
+
+        return TrainTransform(image_size=size), EvalTransform(size)
 
     @property
     def train_size(self) -> int:
         """Number of training images."""
-        return len(self._train_source)
+        return len(self._pictures("train"))
 
     def _batches(self, make, source, transform, **options) -> Iterator[dict]:
         return make(
@@ -73,12 +89,18 @@ class Classification:
 
     def train_batches(self, start_step: int) -> Iterator[dict]:
         """This process's share of the batches from `start_step` on, as NumPy arrays."""
+        config = self.config
+        source = DecodedSource(self._pictures("train"))
+        if config.cache_decoded:
+            from vssd_jax.data.cached import CachedSource
+
+            source = CachedSource(source, config.cache_decoded, num_workers=config.num_workers)
         return self._batches(
             pipeline.train_batches,
-            self._train_source,
-            self._train_transform,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
+            source,
+            self._transforms()[0],
+            batch_size=config.batch_size,
+            seed=config.seed,
             start_step=start_step,
         )
 
@@ -86,29 +108,47 @@ class Classification:
         """This process's share of the evaluation batches; `valid` masks the padding."""
         return self._batches(
             pipeline.eval_batches,
-            self._eval_source,
-            self._eval_transform,
+            DecodedSource(self._pictures("val")),
+            self._transforms()[1],
             batch_size=self.config.eval_batch_size,
         )
 
     def loss(self, model, batch, *, step, rngs, teacher):
-        """Cross-entropy with smoothed labels, and MESA's distance to the averaged model."""
+        """Cross-entropy with mixed and smoothed labels, and MESA's to the averaged model."""
         config = self.config
-        targets = optax.smooth_labels(
-            jax.nn.one_hot(batch["label"], self.num_classes), config.label_smoothing
+        images = image_ops.normalize(batch["image"])
+        if "erase" in batch:
+            images = image_ops.erase(rngs.erase(), images, batch["erase"])
+        images, targets = mixup_cutmix(
+            rngs.mixup(),
+            images,
+            batch["label"],
+            num_classes=self.num_classes,
+            mixup_alpha=config.mixup_alpha,
+            cutmix_alpha=config.cutmix_alpha,
+            smoothing=config.label_smoothing,
         )
-        logits = model(batch["image"], rngs)
-        loss, metrics = soft_cross_entropy(logits, targets), {}
+        logits = model(images, rngs)
+        loss = soft_cross_entropy(logits, targets)
+        metrics = {"unreadable": batch["replaced"].mean()}
         if config.mesa:
-            steps = self.train_size // config.batch_size
-            start = round(config.mesa_start_epoch * steps)
-            metrics["mesa"] = mesa_loss(logits, teacher, batch["image"], active=step >= start)
+            start = round(config.mesa_start_epoch * (self.train_size // config.batch_size))
+            metrics["mesa"] = mesa_loss(logits, teacher, images, active=step >= start)
             loss += config.mesa * metrics["mesa"]
         return loss, metrics
 
+    def check(self, metrics: dict[str, float]) -> None:
+        """Raises a UserError if the averages of the last steps show broken data."""
+        share = metrics["train/unreadable"]
+        if share > self.config.max_unreadable:
+            raise UserError(
+                f"{share:.1%} of the last pictures of {self.config.data_dir} are unreadable, more "
+                f"than config.max_unreadable={self.config.max_unreadable:.1%}; check the files"
+            )
+
     def eval_step(self, model, batch) -> dict:
         """Sums over the valid images of a batch."""
-        logits = model(batch["image"])
+        logits = model(image_ops.normalize(batch["image"]))
         valid = batch["valid"]
         rank = label_rank(logits, batch["label"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])

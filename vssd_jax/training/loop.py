@@ -44,7 +44,7 @@ class _StopSignal:
 def _prepare_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """Makes the folder and notes the config; a changed config is told, not refused."""
     path = workdir / "config.json"
-    text = json.dumps(config.to_dict(), indent=2, default=str)
+    text = json.dumps(config.to_dict(), indent=2)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -133,6 +133,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
                 logged["train/images_per_second"] = speed
                 _check_finite(int(state.nonfinite), config, step, logged, checkpoints)
                 writer.write(step, logged)
+                task.check(logged)
                 progress.set_postfix_str(f"{speed:.0f} images/s, loss {logged['train/loss']:.3f}")
                 pending, since = [], time.perf_counter()
             if evaluating or stop.received:
