@@ -2,6 +2,9 @@
 
 import dataclasses
 import difflib
+import inspect
+import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,12 +14,104 @@ from flax import nnx
 from vssd_jax.errors import UserError
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 
-VARIANTS = ("nano", "micro", "tiny", "small", "base")
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Models that differ in their config alone.
+
+    Attributes:
+      module: called with (config, num_classes=, dtype=, remat=, rngs=).
+      config: a dataclass with a classmethod for each variant.
+      variants: what stands behind the prefix in the models' names.
+      num_classes: the default; None leaves it to the config.
+    """
+
+    module: Callable[..., nnx.Module]
+    config: type
+    variants: tuple[str, ...]
+    num_classes: int | None
+
+
+FAMILIES = {
+    "vssd_": Family(VSSD, VSSDConfig, ("nano", "micro", "tiny", "small", "base"), 1000),
+}
 
 
 def list_models() -> list[str]:
     """The names that `create_model` knows."""
-    return [f"vssd_{variant}" for variant in VARIANTS]
+    return [prefix + name for prefix, family in FAMILIES.items() for name in family.variants]
+
+
+def find(name: str) -> tuple[Family, str]:
+    """The family and variant of a model's name; a UserError if there is none."""
+    if name not in list_models():
+        raise UserError(f"unknown model {name!r}{did_you_mean(name, list_models())}")
+    prefix, _, variant = name.rpartition("_")
+    return FAMILIES[prefix + "_"], variant
+
+
+def make_config(name: str, **overrides: Any):
+    """The config of a model by name, with some fields of it or of its backbone replaced.
+
+    Raises:
+      UserError: unknown models and fields, and values that the config refuses.
+    """
+    family, variant = find(name)
+    config = getattr(family.config, variant)()
+
+    def fields(config) -> set[str]:
+        return {field.name for field in dataclasses.fields(config)}
+
+    own = fields(config) - {"backbone", "num_classes"}
+    inner = fields(config.backbone) if hasattr(config, "backbone") else set()
+    for option in overrides:
+        if option not in own | inner:
+            raise UserError(f"{name} has no option {option!r}{did_you_mean(option, own | inner)}")
+    try:
+        if inner:
+            backbone = {key: value for key, value in overrides.items() if key in inner}
+            config = dataclasses.replace(
+                config, backbone=dataclasses.replace(config.backbone, **backbone)
+            )
+        own = {key: value for key, value in overrides.items() if key in own}
+        return dataclasses.replace(config, **own)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    implementation: str | None = None,
+    remat: bool = False,
+    rngs: nnx.Rngs,
+    **overrides: Any,
+) -> nnx.Module:
+    """A freshly initialised model in training mode; arguments as for `create_model`.
+
+    Args:
+      remat: recompute the blocks in the backward pass instead of keeping their activations.
+      rngs: with a `params` stream. Outside of `jax.jit` the largest model takes seconds.
+    """
+    family, _ = find(name)
+    config = make_config(name, **overrides)
+    options = {"dtype": dtype, "remat": remat, "implementation": implementation, "rngs": rngs}
+    if "implementation" not in inspect.signature(family.module).parameters:
+        del options["implementation"]
+    num_classes = family.num_classes if num_classes is None else num_classes
+    return family.module(config, num_classes=num_classes, **options)
+
+
+def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    """The module that `make` builds, with shapes in place of arrays; nothing is computed."""
+
+    # In place of nnx.Rngs, which while tracing takes time quadratic in the number of keys.
+    def traced(key):
+        return make(types.SimpleNamespace(params=lambda: key))
+
+    return nnx.eval_shape(traced, jax.random.key(0))
 
 
 def create_model(
@@ -57,38 +152,7 @@ def create_model(
     return model
 
 
-def build(
-    name: str,
-    *,
-    num_classes: int | None = None,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    implementation: str | None = None,
-    remat: bool = False,
-    rngs: nnx.Rngs,
-    **overrides: Any,
-) -> nnx.Module:
-    """A fresh model in training mode; see `create_model`."""
-    if name not in list_models():
-        raise UserError(f"unknown model {name!r}{did_you_mean(name, list_models())}")
-    config = getattr(VSSDConfig, name.removeprefix("vssd_"))()
-    fields = [field.name for field in dataclasses.fields(config)]
-    for option in overrides:
-        if option not in fields:
-            raise UserError(f"{name} has no option {option!r}{did_you_mean(option, fields)}")
-    try:
-        config = dataclasses.replace(config, **overrides)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
-    return VSSD(
-        config,
-        num_classes=1000 if num_classes is None else num_classes,
-        dtype=dtype,
-        remat=remat,
-        rngs=rngs,
-    )
-
-
 def did_you_mean(word: str, choices) -> str:
     """A hint for an error message: the nearest of `choices`, or all of them."""
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(choices)}"
+    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(sorted(choices))}"
