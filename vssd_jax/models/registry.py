@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from flax import nnx
 
 from vssd_jax.errors import UserError
 from vssd_jax.models.vssd import VSSD, VSSDConfig
+from vssd_jax.weights.state import set_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,16 +26,18 @@ class Family:
       config: a dataclass with a classmethod for each variant.
       variants: what stands behind the prefix in the models' names.
       num_classes: the default; None leaves it to the config.
+      classifier: how the names of the parameters start whose shapes follow num_classes.
     """
 
     module: Callable[..., nnx.Module]
     config: type
     variants: tuple[str, ...]
     num_classes: int | None
+    classifier: tuple[str, ...]
 
 
 FAMILIES = {
-    "vssd_": Family(VSSD, VSSDConfig, ("nano", "micro", "tiny", "small", "base"), 1000),
+    "vssd_": Family(VSSD, VSSDConfig, ("nano", "micro", "tiny", "small", "base"), 1000, ("head.",)),
 }
 
 
@@ -66,7 +70,9 @@ def make_config(name: str, **overrides: Any):
     inner = fields(config.backbone) if hasattr(config, "backbone") else set()
     for option in overrides:
         if option not in own | inner:
-            raise UserError(f"{name} has no option {option!r}{did_you_mean(option, own | inner)}")
+            raise UserError(
+                f"{name} has no option {option!r}{did_you_mean(option, sorted(own | inner))}"
+            )
     try:
         if inner:
             backbone = {key: value for key, value in overrides.items() if key in inner}
@@ -77,6 +83,13 @@ def make_config(name: str, **overrides: Any):
         return dataclasses.replace(config, **own)
     except (TypeError, ValueError) as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def architecture(config) -> dict[str, Any]:
+    """The fields of a config, those of its backbone among them."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    backbone = values.pop("backbone", None)
+    return values if backbone is None else values | architecture(backbone)
 
 
 def build(
@@ -117,7 +130,7 @@ def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
 def create_model(
     name: str,
     *,
-    weights: str | None = None,
+    weights: str | os.PathLike | None = None,
     num_classes: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: str | None = None,
@@ -128,8 +141,8 @@ def create_model(
 
     Args:
       name: one of `list_models()`.
-      weights: a weights folder, a PyTorch `.pth` file or `hf://owner/repo/file`; None leaves the
-        initialisation of `seed`.
+      weights: a weights folder, a PyTorch `.pth` file, a `.safetensors` file or
+        `hf://owner/repo/file`; None leaves the initialisation of `seed`.
       num_classes: size of the classifier; the default is that of the weights, else the
         dataset's of the paper (1000). If it differs from the weights', the classifier stays fresh.
       dtype: of the activations, float32 or bfloat16; parameters are float32.
@@ -140,14 +153,34 @@ def create_model(
     Raises:
       UserError: unknown names and options, and weights that do not fit.
     """
-    model = build(
-        name,
-        num_classes=num_classes,
-        dtype=dtype,
-        implementation=implementation,
-        rngs=nnx.Rngs(seed),
-        **overrides,
-    )
+    if weights is not None:
+        from vssd_jax.weights.load import load
+
+        loaded = load(weights, model=name, overrides=overrides)
+        overrides = loaded.overrides | overrides
+        given, num_classes = num_classes, num_classes or loaded.num_classes
+
+    def make(rngs):
+        return build(
+            name,
+            num_classes=num_classes,
+            dtype=dtype,
+            implementation=implementation,
+            rngs=rngs,
+            **overrides,
+        )
+
+    if weights is None:
+        model = make(nnx.Rngs(seed))
+    elif given in (None, loaded.num_classes):
+        model = abstract(make)
+        set_state(model, loaded.params)
+    else:
+        model = make(nnx.Rngs(seed))
+        classifier = find(name)[0].classifier
+        set_state(
+            model, loaded.params, fresh=[n for n in loaded.params if n.startswith(classifier)]
+        )
     model.eval()
     return model
 
@@ -155,4 +188,4 @@ def create_model(
 def did_you_mean(word: str, choices) -> str:
     """A hint for an error message: the nearest of `choices`, or all of them."""
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(sorted(choices))}"
+    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(choices)}"
