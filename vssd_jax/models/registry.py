@@ -81,7 +81,7 @@ def make_config(name: str, **overrides: Any):
             )
         own = {key: value for key, value in overrides.items() if key in own}
         return dataclasses.replace(config, **own)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{name}: {error}") from error
 
 

@@ -101,11 +101,9 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     except (AttributeError, KeyError, TypeError) as error:  # a dtype that NumPy does not know
-        raise UserError(
-            f"{path} holds a dtype that is not supported: {_one_line(error)}"
-        ) from error
+        raise UserError(f"{path} holds tensors of a dtype that is not supported") from error
 
 
 def check_dtypes(params: Mapping[str, np.ndarray]) -> None:
@@ -113,7 +111,3 @@ def check_dtypes(params: Mapping[str, np.ndarray]) -> None:
     for name, array in params.items():
         if array.dtype not in _DTYPES:
             raise UserError(f"tensor {name} is {array.dtype}, not floating-point")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

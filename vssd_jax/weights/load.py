@@ -60,7 +60,7 @@ def load(
         message = str(error)
         raise UserError(message if str(path) in message else f"{source}: {message}") from error
     return dataclasses.replace(
-        weights, provenance={"source": source.rpartition("/")[2]} | weights.provenance
+        weights, provenance={"source": source.rstrip("/").rpartition("/")[2]} | weights.provenance
     )
 
 
@@ -95,11 +95,9 @@ def _table(model: str):
     return names.TABLES[model.rpartition("_")[0] + "_"]
 
 
-def _abstract(weights_or_name, num_classes, overrides) -> nnx.Module:
+def _abstract(name, num_classes, overrides) -> nnx.Module:
     return registry.abstract(
-        lambda rngs: registry.build(
-            weights_or_name, num_classes=num_classes, rngs=rngs, **overrides
-        )
+        lambda rngs: registry.build(name, num_classes=num_classes, rngs=rngs, **overrides)
     )
 
 
@@ -181,7 +179,7 @@ def recognise(
     """
 
     def size(name: str, axis: int = 0) -> int:
-        if name not in tensors or tensors[name].ndim <= axis:
+        if name not in tensors or tensors[name].ndim <= axis or tensors[name].shape[axis] == 0:
             raise UserError(f"these are no weights of a VSSD: there is no usable tensor {name}")
         return tensors[name].shape[axis]
 

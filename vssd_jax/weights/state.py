@@ -72,7 +72,7 @@ def set_state(
     check(shapes(model), values, fresh=fresh)
     for name, variable in variables.items():
         if name in values and values[name].shape == variable.shape:
-            variable[...] = jnp.asarray(values[name], variable.dtype)
+            variable.set_value(jnp.asarray(values[name], variable.dtype))
     nnx.update(model, nnx.from_flat_state(
         [(_path(name), variable) for name, variable in variables.items()]))
 
