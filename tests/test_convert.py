@@ -101,9 +101,7 @@ def test_every_dtype_comes_back_bit_for_bit(dtype, tmp_path):
     assert_identical(select_state_dict(read_torch_file(tmp_path / "b.pth"))[0], state)
     model = vssd_jax.create_model("vssd_nano", weights=tmp_path / "w")
     assert model.head.kernel.dtype == np.float32
-    np.testing.assert_array_equal(
-        model.head.kernel[...], state["head.weight"].T.astype(np.float32)
-    )
+    np.testing.assert_array_equal(model.head.kernel[...], state["head.weight"].T.astype(np.float32))
 
 
 def test_batch_counters_that_differ_or_are_not_there(tmp_path):
@@ -219,9 +217,7 @@ def change(state, kind, rng):
     return name
 
 
-@pytest.mark.parametrize(
-    "kind", ["removed", "renamed", "added", "grown", "cut", "flat", "integer"]
-)
+@pytest.mark.parametrize("kind", ["removed", "renamed", "added", "grown", "cut", "flat", "integer"])
 def test_state_dicts_that_do_not_fit_are_refused_by_name(kind, tmp_path):
     rng = random.Random(kind)
     for _ in range(12):
@@ -235,8 +231,11 @@ def test_state_dicts_that_do_not_fit_are_refused_by_name(kind, tmp_path):
         assert len(message) < 1500
         # A changed size of the stem or the classifier is taken for another model's.
         leaf = name.rpartition(".")[2]
-        assert leaf in message or "those of a vssd" in message or "contradict" in message or (
-            "missing" in message or "another shape" in message
+        assert (
+            leaf in message
+            or "those of a vssd" in message
+            or "contradict" in message
+            or ("missing" in message or "another shape" in message)
         )
         assert [path.name for path in tmp_path.iterdir()] == ["bad.pth"]
 

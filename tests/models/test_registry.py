@@ -57,9 +57,7 @@ def test_initial_values_are_independent_and_follow_their_distributions():
 
 
 def test_tracing_and_building_agree(model):
-    traced = nnx.eval_shape(
-        lambda: registry.build("vssd_nano", num_classes=10, rngs=nnx.Rngs(0))
-    )
+    traced = nnx.eval_shape(lambda: registry.build("vssd_nano", num_classes=10, rngs=nnx.Rngs(0)))
     abstract = registry.abstract(
         lambda rngs: registry.build("vssd_nano", num_classes=10, rngs=rngs)
     )

@@ -70,9 +70,12 @@ def make_config(name: str, **overrides: Any):
     inner = fields(config.backbone) if hasattr(config, "backbone") else set()
     for option in overrides:
         if option not in own | inner:
-            raise UserError(
-                f"{name} has no option {option!r}{did_you_mean(option, sorted(own | inner))}"
-            )
+            near = did_you_mean(option, sorted(own | inner))
+            raise UserError(f"{name} has no option {option!r}{near}")
+    default = architecture(config)
+    for option, value in overrides.items():
+        if not _alike(value, default[option]):
+            raise UserError(f"{name}: {option}={value!r} must be like {default[option]!r}")
     try:
         if inner:
             backbone = {key: value for key, value in overrides.items() if key in inner}
@@ -83,6 +86,13 @@ def make_config(name: str, **overrides: Any):
         return dataclasses.replace(config, **own)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def _alike(value, default) -> bool:
+    """Whether the types agree; tuples may be lists, and floats whole numbers."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple | list) and all(_alike(v, default[0]) for v in value)
+    return type(value) is type(default) or (type(default) is float and type(value) is int)
 
 
 def architecture(config) -> dict[str, Any]:

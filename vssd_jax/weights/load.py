@@ -47,6 +47,7 @@ def load(
             weights = read_folder(path)
             _check_agreement(weights, model, overrides)
             state.check(_shapes(weights), weights.params)
+            check_dtypes(weights.params)
         elif path.suffix == ".safetensors":
             weights = _from_torch(_torch_names(read_arrays(path)), model, overrides, {})
         else:
@@ -55,7 +56,6 @@ def load(
             which = None
         if which is not None:
             raise UserError(f"there is no choice of {which!r}: only .pth files hold two models")
-        check_dtypes(weights.params)
     except UserError as error:
         message = str(error)
         raise UserError(message if str(path) in message else f"{source}: {message}") from error
@@ -143,7 +143,9 @@ def _from_torch(tensors, model, overrides, provenance) -> Weights:
         for name in (f"{key.rpartition('.')[0]}.{names.COUNTER}" for key in expected)
         if name in tensors
     }
-    state.check(expected, {k: v for k, v in tensors.items() if k not in counters})
+    others = {name: value for name, value in tensors.items() if name not in counters}
+    state.check(expected, others)
+    check_dtypes(others)
     params, _, _ = names.from_torch(table, tensors)
     return Weights(
         model, num_classes, overrides, params,
@@ -256,4 +258,8 @@ def recognise(
     visible |= {"mixers": tuple(mixers), "num_heads": tuple(num_heads)}
     _check_equal({field: value for field, value in visible.items() if field in overrides}, known)
     told = {field: value for field, value in visible.items() if value != known[field]}
+    try:
+        registry.make_config(model, **(dict(overrides) | told))
+    except UserError:  # damaged: compared with what is known, its tensors can be named
+        told = {}
     return model, num_classes, dict(overrides) | told
