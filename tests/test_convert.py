@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -240,6 +241,13 @@ def test_state_dicts_that_do_not_fit_are_refused_by_name(kind, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["bad.pth"]
 
 
+def converted_or_message(source, output) -> str | None:
+    try:
+        convert(source, output)
+    except UserError as error:
+        return str(error)
+
+
 def test_damaged_files_end_in_one_line(tmp_path):
     write_torch_file(tmp_path / "good.pth", state_dict())
     convert(tmp_path / "good.pth", tmp_path / "good")
@@ -257,17 +265,13 @@ def test_damaged_files_end_in_one_line(tmp_path):
             for _ in range(rng.choice((1, 4))):
                 damaged[rng.randrange(low, high)] ^= 1 << rng.randrange(8)
         bad.write_bytes(damaged)
-        try:
-            convert(bad, tmp_path / "w")
-        except UserError as error:
-            refused += 1
-            assert "\n" not in str(error)
-            assert not (tmp_path / "w").exists()
-        else:  # a bit that carries nothing, such as a date
+        message = converted_or_message(bad, tmp_path / "w")
+        if message is None:  # the damaged bit carries nothing, such as a date
             assert_identical(read_arrays(tmp_path / "w/model.safetensors"), expected)
-            for path in (tmp_path / "w").iterdir():
-                path.unlink()
-            (tmp_path / "w").rmdir()
+            shutil.rmtree(tmp_path / "w")
+        else:
+            refused += 1
+            assert "\n" not in message
         assert {path.name for path in tmp_path.iterdir()} == {"good.pth", "good", "bad.pth"}
     assert refused > 100
 
