@@ -2,6 +2,10 @@
 
 import dataclasses
 import difflib
+import inspect
+import os
+import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,51 +14,92 @@ from flax import nnx
 
 from vssd_jax.errors import UserError
 from vssd_jax.models.vssd import VSSD, VSSDConfig
+from vssd_jax.weights.state import set_state
 
-VARIANTS = ("nano", "micro", "tiny", "small", "base")
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Models that differ in their config alone.
+
+    Attributes:
+      module: called with (config, num_classes=, dtype=, remat=, rngs=).
+      config: a dataclass with a classmethod for each variant.
+      variants: what stands behind the prefix in the models' names.
+      num_classes: the default; None leaves it to the config.
+      classifier: how the names of the parameters start whose shapes follow num_classes.
+    """
+
+    module: Callable[..., nnx.Module]
+    config: type
+    variants: tuple[str, ...]
+    num_classes: int | None
+    classifier: tuple[str, ...]
+
+
+FAMILIES = {
+    "vssd_": Family(VSSD, VSSDConfig, ("nano", "micro", "tiny", "small", "base"), 1000, ("head.",)),
+}
 
 
 def list_models() -> list[str]:
     """The names that `create_model` knows."""
-    return [f"vssd_{variant}" for variant in VARIANTS]
+    return [prefix + name for prefix, family in FAMILIES.items() for name in family.variants]
 
 
-def create_model(
-    name: str,
-    *,
-    weights: str | None = None,
-    num_classes: int | None = None,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    implementation: str | None = None,
-    seed: int = 0,
-    **overrides: Any,
-) -> nnx.Module:
-    """A model in evaluation mode.
+def find(name: str) -> tuple[Family, str]:
+    """The family and variant of a model's name; a UserError if there is none."""
+    if name not in list_models():
+        raise UserError(f"unknown model {name!r}{did_you_mean(name, list_models())}")
+    prefix, _, variant = name.rpartition("_")
+    return FAMILIES[prefix + "_"], variant
 
-    Args:
-      name: one of `list_models()`.
-      weights: a weights folder, a PyTorch `.pth` file or `hf://owner/repo/file`; None leaves the
-        initialisation of `seed`.
-      num_classes: size of the classifier; the default is that of the weights, else the
-        dataset's of the paper (1000). If it differs from the weights', the classifier stays fresh.
-      dtype: of the activations, float32 or bfloat16; parameters are float32.
-      implementation: of the kernels: None (the best for the device), "xla", "pallas", "triton".
-      seed: of the initialisation.
-      **overrides: fields of the model's config, see `VSSDConfig`.
+
+def make_config(name: str, **overrides: Any):
+    """The config of a model by name, with some fields of it or of its backbone replaced.
 
     Raises:
-      UserError: unknown names and options, and weights that do not fit.
+      UserError: unknown models and fields, and values that the config refuses.
     """
-    model = build(
-        name,
-        num_classes=num_classes,
-        dtype=dtype,
-        implementation=implementation,
-        rngs=nnx.Rngs(seed),
-        **overrides,
-    )
-    model.eval()
-    return model
+    family, variant = find(name)
+    config = getattr(family.config, variant)()
+
+    def fields(config) -> set[str]:
+        return {field.name for field in dataclasses.fields(config)}
+
+    own = fields(config) - {"backbone", "num_classes"}
+    inner = fields(config.backbone) if hasattr(config, "backbone") else set()
+    for option in overrides:
+        if option not in own | inner:
+            near = did_you_mean(option, sorted(own | inner))
+            raise UserError(f"{name} has no option {option!r}{near}")
+    default = architecture(config)
+    for option, value in overrides.items():
+        if not _alike(value, default[option]):
+            raise UserError(f"{name}: {option}={value!r} must be like {default[option]!r}")
+    try:
+        if inner:
+            backbone = {key: value for key, value in overrides.items() if key in inner}
+            config = dataclasses.replace(
+                config, backbone=dataclasses.replace(config.backbone, **backbone)
+            )
+        own = {key: value for key, value in overrides.items() if key in own}
+        return dataclasses.replace(config, **own)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _alike(value, default) -> bool:
+    """Whether the types agree; tuples may be lists, and floats whole numbers."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple | list) and all(_alike(v, default[0]) for v in value)
+    return type(value) is type(default) or (type(default) is float and type(value) is int)
+
+
+def architecture(config) -> dict[str, Any]:
+    """The fields of a config, those of its backbone among them."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    backbone = values.pop("backbone", None)
+    return values if backbone is None else values | architecture(backbone)
 
 
 def build(
@@ -67,25 +112,87 @@ def build(
     rngs: nnx.Rngs,
     **overrides: Any,
 ) -> nnx.Module:
-    """A fresh model in training mode; see `create_model`."""
-    if name not in list_models():
-        raise UserError(f"unknown model {name!r}{did_you_mean(name, list_models())}")
-    config = getattr(VSSDConfig, name.removeprefix("vssd_"))()
-    fields = [field.name for field in dataclasses.fields(config)]
-    for option in overrides:
-        if option not in fields:
-            raise UserError(f"{name} has no option {option!r}{did_you_mean(option, fields)}")
-    try:
-        config = dataclasses.replace(config, **overrides)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
-    return VSSD(
-        config,
-        num_classes=1000 if num_classes is None else num_classes,
-        dtype=dtype,
-        remat=remat,
-        rngs=rngs,
-    )
+    """A freshly initialised model in training mode; arguments as for `create_model`.
+
+    Args:
+      remat: recompute the blocks in the backward pass instead of keeping their activations.
+      rngs: with a `params` stream. Outside of `jax.jit` the largest model takes seconds.
+    """
+    family, _ = find(name)
+    config = make_config(name, **overrides)
+    options = {"dtype": dtype, "remat": remat, "implementation": implementation, "rngs": rngs}
+    if "implementation" not in inspect.signature(family.module).parameters:
+        del options["implementation"]
+    num_classes = family.num_classes if num_classes is None else num_classes
+    return family.module(config, num_classes=num_classes, **options)
+
+
+def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    """The module that `make` builds, with shapes in place of arrays; nothing is computed."""
+
+    # In place of nnx.Rngs, which while tracing takes time quadratic in the number of keys.
+    def traced(key):
+        return make(types.SimpleNamespace(params=lambda: key))
+
+    return nnx.eval_shape(traced, jax.random.key(0))
+
+
+def create_model(
+    name: str,
+    *,
+    weights: str | os.PathLike | None = None,
+    num_classes: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    implementation: str | None = None,
+    seed: int = 0,
+    **overrides: Any,
+) -> nnx.Module:
+    """A model in evaluation mode.
+
+    Args:
+      name: one of `list_models()`.
+      weights: a weights folder, a PyTorch `.pth` file, a `.safetensors` file or
+        `hf://owner/repo/file`; None leaves the initialisation of `seed`.
+      num_classes: size of the classifier; the default is that of the weights, else the
+        dataset's of the paper (1000). If it differs from the weights', the classifier stays fresh.
+      dtype: of the activations, float32 or bfloat16; parameters are float32.
+      implementation: of the kernels: None (the best for the device), "xla", "pallas", "triton".
+      seed: of the initialisation.
+      **overrides: fields of the model's config, see `VSSDConfig`.
+
+    Raises:
+      UserError: unknown names and options, and weights that do not fit.
+    """
+    if weights is not None:
+        from vssd_jax.weights.load import load
+
+        loaded = load(weights, model=name, overrides=overrides)
+        overrides = loaded.overrides | overrides
+        given, num_classes = num_classes, num_classes or loaded.num_classes
+
+    def make(rngs):
+        return build(
+            name,
+            num_classes=num_classes,
+            dtype=dtype,
+            implementation=implementation,
+            rngs=rngs,
+            **overrides,
+        )
+
+    if weights is None:
+        model = make(nnx.Rngs(seed))
+    elif given in (None, loaded.num_classes):
+        model = abstract(make)
+        set_state(model, loaded.params)
+    else:
+        model = make(nnx.Rngs(seed))
+        classifier = find(name)[0].classifier
+        set_state(
+            model, loaded.params, fresh=[n for n in loaded.params if n.startswith(classifier)]
+        )
+    model.eval()
+    return model
 
 
 def did_you_mean(word: str, choices) -> str:

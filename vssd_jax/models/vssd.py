@@ -118,14 +118,40 @@ class Precision:
         return jnp.promote_types(self.compute, jnp.float32)
 
 
-def torch_uniform(fan_in: int):
-    """U(+-1/sqrt(fan_in)): PyTorch's default for the weights and biases of convolutions."""
-    bound = 1 / math.sqrt(fan_in)
+# XLA takes minutes to compile the random numbers of a large model, one program for each shape.
+# Outside of a transformation NumPy draws them instead; under `jax.jit` and `jax.eval_shape`,
+# where a key has no value, JAX does (with other values for the same seed).
+def _generator(key) -> np.random.Generator | None:
+    if isinstance(key, jax.core.Tracer):
+        return None
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+
+def uniform(low: float, high: float):
+    """An initialiser, U(low, high)."""
 
     def init(key, shape, dtype):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+        if (generator := _generator(key)) is None:
+            return jax.random.uniform(key, shape, dtype, low, high)
+        return jnp.asarray(generator.uniform(low, high, shape), dtype)
 
     return init
+
+
+def normal(std: float):
+    """An initialiser, N(0, std^2)."""
+
+    def init(key, shape, dtype):
+        if (generator := _generator(key)) is None:
+            return std * jax.random.normal(key, shape, dtype)
+        return jnp.asarray(generator.normal(0, std, shape), dtype)
+
+    return init
+
+
+def torch_uniform(fan_in: int):
+    """U(+-1/sqrt(fan_in)): PyTorch's default for the weights and biases of convolutions."""
+    return uniform(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
 
 def linear(inputs: int, outputs: int, *, use_bias: bool = True, precision: Precision, rngs):
@@ -135,7 +161,7 @@ def linear(inputs: int, outputs: int, *, use_bias: bool = True, precision: Preci
         inputs,
         outputs,
         use_bias=use_bias,
-        kernel_init=nnx.initializers.normal(0.02),
+        kernel_init=normal(0.02),
         dtype=precision.compute,
         param_dtype=precision.state,
         rngs=rngs,
@@ -352,12 +378,10 @@ class SSDMixer(nnx.Module):
         self.conv = DepthwiseConv(
             inner + 2 * state, activation="silu", precision=precision, rngs=rngs
         )
-        key = rngs.params()
-        low, high = math.log(1e-3), math.log(1e-1)
-        dt = jnp.exp(jax.random.uniform(key, (heads,), precision.state, low, high))
-        dt = jnp.maximum(dt, 1e-4)
+        log_dt = uniform(math.log(1e-3), math.log(1e-1))
+        dt = jnp.maximum(jnp.exp(log_dt(rngs.params(), (heads,), precision.state)), 1e-4)
         self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))  # inverse of softplus
-        a = jax.random.uniform(rngs.params(), (heads,), precision.state, 1.0, 16.0)
+        a = uniform(1.0, 16.0)(rngs.params(), (heads,), precision.state)
         self.A_log = nnx.Param(jnp.log(a))
         self.D = nnx.Param(jnp.ones((heads,), precision.state))
         self.norm = layer_norm(inner, precision=precision, rngs=rngs)

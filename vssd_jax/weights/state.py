@@ -16,9 +16,43 @@ def _variables(model: nnx.Module) -> dict[str, nnx.Variable]:
     return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
+def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter and BatchNorm statistic by its dotted path."""
+    return {name: variable.shape for name, variable in _variables(model).items()}
+
+
 def get_state(model: nnx.Module) -> dict[str, np.ndarray]:
     """Every parameter and BatchNorm statistic by its dotted path."""
     return {name: np.asarray(variable[...]) for name, variable in _variables(model).items()}
+
+
+def check(
+    expected: Mapping[str, tuple[int, ...]],
+    values: Mapping[str, np.ndarray],
+    *,
+    fresh: Collection[str] = (),
+) -> None:
+    """Compares tensors with the shapes by name that a model needs.
+
+    Raises:
+      UserError: naming the missing, unexpected and misshapen tensors.
+    """
+    missing = sorted(expected.keys() - values.keys() - set(fresh))
+    unexpected = sorted(values.keys() - expected.keys())
+    misshapen = [
+        f"{name} {values[name].shape} for {shape}"
+        for name, shape in expected.items()
+        if name in values and name not in fresh and values[name].shape != shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
+        for what, names in (
+            ("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)
+        )
+        if names
+    ]  # fmt: skip
+    if problems:
+        raise UserError(f"the weights do not fit the model; {'; '.join(problems)}")
 
 
 def set_state(
@@ -35,27 +69,10 @@ def set_state(
       UserError: naming the missing, unexpected and misshapen tensors.
     """
     variables = _variables(model)
-    missing = sorted(variables.keys() - values.keys() - set(fresh))
-    unexpected = sorted(values.keys() - variables.keys())
-    misshapen, new = [], {}
+    check(shapes(model), values, fresh=fresh)
     for name, variable in variables.items():
-        if name not in values:
-            continue
-        if values[name].shape == variable.shape:
-            new[name] = jnp.asarray(values[name], variable.dtype)
-        elif name not in fresh:
-            misshapen.append(f"{name} {values[name].shape} for {variable.shape}")
-    problems = [
-        f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
-        for what, names in (
-            ("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)
-        )
-        if names
-    ]  # fmt: skip
-    if problems:
-        raise UserError(f"the weights do not fit the model; {'; '.join(problems)}")
-    for name, value in new.items():
-        variables[name] = variables[name].replace(value)
+        if name in values and values[name].shape == variable.shape:
+            variable.set_value(jnp.asarray(values[name], variable.dtype))
     nnx.update(model, nnx.from_flat_state(
         [(_path(name), variable) for name, variable in variables.items()]))
 

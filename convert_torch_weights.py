@@ -1,0 +1,56 @@
+"""Converts PyTorch checkpoints to weights folders, and back with --reverse.
+
+python convert_torch_weights.py --input vssd_tiny_best_ema.pth --output weights/vssd_tiny
+python convert_torch_weights.py --input hf://YuhengSSS/VSSD/vssd_micro_best.pth --output weights/m
+python convert_torch_weights.py --reverse --input weights/vssd_tiny --output vssd_tiny.pth
+"""
+
+import json
+
+from absl import flags
+
+from vssd_jax import cli
+from vssd_jax.errors import UserError
+
+INPUT = flags.DEFINE_string(
+    "input", None, "A .pth or .safetensors file, hf://owner/repo/file, or a weights folder."
+)
+OUTPUT = flags.DEFINE_string("output", None, "The weights folder (with --reverse: .pth) to write.")
+MODEL = flags.DEFINE_string(
+    "model", None, "The model's name, for example vssd_tiny; recognised if left out."
+)
+WEIGHTS = flags.DEFINE_enum(
+    "weights", None, ["model", "ema"], "Which of a file's two; default: the EMA where it has one."
+)
+OVERRIDES = flags.DEFINE_string(
+    "overrides", "{}", "Fields of the model's config as JSON, e.g. '{\"token_weight_sign\": -1}'."
+)
+REVERSE = flags.DEFINE_bool("reverse", False, "Write a .pth file with PyTorch's names.")
+
+
+def main():
+    if INPUT.value is None or OUTPUT.value is None:
+        raise UserError("--input and --output are needed; see --help")
+    try:
+        overrides = json.loads(OVERRIDES.value)
+    except ValueError as error:
+        raise UserError(f"--overrides is no JSON: {error}") from error
+    if not isinstance(overrides, dict):
+        raise UserError("--overrides is no JSON object")
+
+    from vssd_jax.weights.convert import convert
+
+    print(
+        convert(
+            INPUT.value,
+            OUTPUT.value,
+            model=MODEL.value,
+            which=WEIGHTS.value,
+            overrides=overrides,
+            reverse=REVERSE.value,
+        )
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

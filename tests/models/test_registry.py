@@ -1,0 +1,171 @@
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import vssd_jax
+from tests.golden import synthetic
+from vssd_jax.models import registry
+from vssd_jax.weights.folder import Weights, write_folder
+from vssd_jax.weights.state import get_state, shapes
+
+IMAGES = synthetic.synthetic_images((2, 3, 32, 32)).transpose(0, 2, 3, 1)
+
+
+def logits(model, images=IMAGES):
+    return np.asarray(nnx.jit(lambda model, images: model(images))(model, images))
+
+
+@pytest.mark.parametrize("name", registry.list_models())
+def test_every_model_builds(name):
+    model = registry.abstract(lambda rngs: registry.build(name, rngs=rngs))
+    assert shapes(model)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return vssd_jax.create_model("vssd_nano", num_classes=10)
+
+
+def test_same_seed_same_values(model):
+    again = get_state(vssd_jax.create_model("vssd_nano", num_classes=10))
+    other = get_state(vssd_jax.create_model("vssd_nano", num_classes=10, seed=1))
+    for name, value in get_state(model).items():
+        np.testing.assert_array_equal(again[name], value)
+    assert not np.array_equal(other["head.kernel"], again["head.kernel"])
+
+
+def test_initial_values_are_independent_and_follow_their_distributions():
+    state = get_state(vssd_jax.create_model("vssd_micro"))
+    kernels = [value for name, value in state.items() if name.endswith(".kernel")]
+    assert len({value.reshape(-1)[:5].tobytes() for value in kernels}) == len(kernels)
+    fc1 = state["stages.3.blocks.0.mlp.fc1.kernel"]
+    assert abs(fc1.std() - 0.02) < 2e-4
+    assert abs(fc1.mean()) < 2e-4
+    conv = state["stem.conv4.conv.kernel"]
+    bound = (3 * 3 * 24) ** -0.5
+    assert 0.99 * bound < conv.max() <= bound
+    assert abs(conv.std() - bound / 3**0.5) < 0.02 * bound
+    dt = jax.nn.softplus(np.concatenate([v for k, v in state.items() if k.endswith("dt_bias")]))
+    assert 1e-3 < dt.min() < dt.max() < 0.1
+    a = np.exp(np.concatenate([v for k, v in state.items() if k.endswith("A_log")]))
+    assert 1 <= a.min() < 3 < 12 < a.max() <= 16
+
+
+def test_tracing_and_building_agree(model):
+    traced = nnx.eval_shape(lambda: registry.build("vssd_nano", num_classes=10, rngs=nnx.Rngs(0)))
+    abstract = registry.abstract(
+        lambda rngs: registry.build("vssd_nano", num_classes=10, rngs=rngs)
+    )
+    for other in (traced, abstract):
+        assert shapes(other) == shapes(model)
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(nnx.state(other))]
+        assert dtypes == [leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))]
+
+
+def test_evaluation_and_training_mode(model):
+    mean = np.array(model.stem.conv1.norm.mean[...])
+    model.stem(IMAGES)
+    np.testing.assert_array_equal(mean, model.stem.conv1.norm.mean[...])
+    fresh = registry.build("vssd_nano", num_classes=10, rngs=nnx.Rngs(0))
+    fresh.stem(IMAGES)
+    assert not np.array_equal(mean, fresh.stem.conv1.norm.mean[...])
+
+
+def test_dtype_and_overrides():
+    model = registry.abstract(
+        lambda rngs: registry.build(
+            "vssd_tiny", num_classes=5, dtype=jnp.bfloat16, drop_path=0.3, rngs=rngs
+        )
+    )
+    assert model.config.drop_path == 0.3
+    assert model.precision.compute == jnp.bfloat16
+    assert model.head.kernel.shape == (512, 5)
+    assert model.head.kernel.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vssd_tini", {}, "did you mean 'vssd_tiny'"),
+        ("resnet", {}, "choose from vssd_nano, "),
+        ("vssd_nano", {"drop_pat": 0.1}, "no option 'drop_pat'; did you mean 'drop_path'"),
+        ("vssd_nano", {"stem": "con"}, "stem must be"),
+        ("vssd_nano", {"ngroups": 3}, "do not divide"),
+        ("vssd_nano", {"ngroups": 0}, "vssd_nano: "),
+        ("vssd_nano", {"depths": 4}, "vssd_nano: "),
+        ("vssd_nano", {"weights": "nowhere"}, "nowhere"),
+        ("vssd_nano", {"weights": "hf://nowhere"}, "hf://owner/repo/file"),
+    ],
+)
+def test_user_errors(name, options, message):
+    with pytest.raises(vssd_jax.UserError, match=message) as error:
+        vssd_jax.create_model(name, **options)
+    assert "\n" not in str(error.value)
+
+
+# Weights
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "nano"
+    write_folder(path, Weights("vssd_nano", 10, {}, get_state(model)))
+    return path
+
+
+def test_weights_fill_the_model(model, folder):
+    loaded = vssd_jax.create_model("vssd_nano", weights=folder)
+    assert loaded.num_classes == 10
+    expected = get_state(model)
+    assert get_state(loaded).keys() == expected.keys()
+    for name, value in get_state(loaded).items():
+        np.testing.assert_array_equal(value, expected[name])
+    np.testing.assert_array_equal(logits(loaded), logits(model))
+
+
+def test_another_number_of_classes_leaves_the_classifier_fresh(model, folder):
+    loaded = get_state(vssd_jax.create_model("vssd_nano", weights=folder, num_classes=7))
+    fresh = get_state(vssd_jax.create_model("vssd_nano", num_classes=7))
+    for name, value in loaded.items():
+        source = fresh if name.startswith("head.") else get_state(model)
+        np.testing.assert_array_equal(value, source[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vssd_micro", {}, "those of vssd_nano, not of vssd_micro"),
+        ("vssd_nano", {"expand": 1}, "contradict expand=1: theirs is 2"),
+        ("vssd_nano", {"mixers": ("ssd",) * 4}, "contradict mixers="),
+    ],
+)
+def test_weights_of_another_model(folder, name, options, message):
+    with pytest.raises(vssd_jax.UserError, match=message):
+        vssd_jax.create_model(name, weights=folder, **options)
+
+
+def test_a_folder_knows_its_overrides(tmp_path):
+    options = {"mixers": ("ssd", "ssd", "ncssd", "attention"), "drop_path": 0.1}
+    model = vssd_jax.create_model("vssd_nano", num_classes=3, **options)
+    write_folder(tmp_path / "w", Weights("vssd_nano", 3, options, get_state(model)))
+    loaded = vssd_jax.create_model("vssd_nano", weights=tmp_path / "w", drop_path=0.5)
+    assert loaded.config.mixers == options["mixers"]
+    assert loaded.config.drop_path == 0.5
+
+
+def test_creating_a_model_needs_only_jax_flax_numpy():
+    banned = ("torch", "grain", "clu", "tensorflow_datasets", "cv2", "PIL", "safetensors",
+              "huggingface_hub", "jax_triton", "ml_collections")  # fmt: skip
+    code = (
+        "import sys\n"
+        f"for name in {banned}: sys.modules[name] = None\n"
+        "import vssd_jax.models.registry as registry\n"
+        "registry.abstract(lambda rngs: registry.build('vssd_nano', rngs=rngs))\n"
+        "assert 'vssd_jax.weights.load' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,342 @@
+"""From a PyTorch checkpoint to a weights folder and back, in this process and by the command."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+import vssd_jax
+from tests.golden import synthetic
+from tests.torch_reference import create_model as torch_model
+from vssd_jax.errors import UserError
+from vssd_jax.weights.convert import convert
+from vssd_jax.weights.folder import read_arrays, read_folder
+from vssd_jax.weights.load import load, recognise, to_torch
+from vssd_jax.weights.state import get_state
+from vssd_jax.weights.torch_file import read_torch_file, select_state_dict, write_torch_file
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests/golden"
+NANO = GOLDEN / "checkpoints/classification_nano.pth"
+
+
+def command(*args, **environment):
+    return subprocess.run(
+        [sys.executable, "convert_torch_weights.py", *map(str, args)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def inventory(name: str) -> dict:
+    return json.loads((GOLDEN / f"inventory/{name}.json").read_text())
+
+
+def state_dict(name: str = "classification_nano") -> dict[str, np.ndarray]:
+    return synthetic.synthetic_state_dict(inventory(name))
+
+
+def assert_identical(arrays, expected):
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        assert array.dtype == expected[name].dtype
+        assert array.shape == expected[name].shape
+        assert array.tobytes() == expected[name].tobytes(), name
+
+
+# There and back
+
+
+def test_command_there_and_back(tmp_path):
+    folder, back = tmp_path / "made" / "nano", tmp_path / "back.pth"
+    done = command("--input", NANO, "--output", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "vssd_nano with 10 classes" in done.stdout
+    assert "its EMA, 158 tensors with 452,957 parameters and statistics" in done.stdout
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert [path.name for path in folder.parent.iterdir()] == ["nano"]
+
+    done = command("--reverse", "--input", folder, "--output", back)
+    assert (done.returncode, done.stderr) == (0, "")
+    loaded = torch.load(back, weights_only=True)
+    torch_model("vssd_nano").load_state_dict(loaded, strict=True)
+    expected, _ = select_state_dict(read_torch_file(NANO), "ema")
+    assert_identical({name: tensor.numpy() for name, tensor in loaded.items()}, expected)
+
+
+def test_command_ends_user_errors_with_one_line(tmp_path):
+    for args, message in (
+        (["--output", tmp_path / "w"], "--input and --output are needed"),
+        (["--input", GOLDEN / "checkpoints/hostile.pth", "--output", tmp_path / "w"], "refused"),
+        (["--input", NANO, "--output", tmp_path / "w", "--modle=vssd_nano"], "model"),
+    ):
+        done = command(*args)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.count("\n") == 1
+        assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_every_dtype_comes_back_bit_for_bit(dtype, tmp_path):
+    state = {
+        name: value if value.dtype == np.int64 else value.astype(dtype)
+        for name, value in state_dict().items()
+    }
+    write_torch_file(tmp_path / "a.pth", state)
+    convert(tmp_path / "a.pth", tmp_path / "w")
+    assert read_folder(tmp_path / "w").params["head.kernel"].dtype == dtype
+    convert(tmp_path / "w", tmp_path / "b.pth", reverse=True)
+    assert_identical(select_state_dict(read_torch_file(tmp_path / "b.pth"))[0], state)
+    model = vssd_jax.create_model("vssd_nano", weights=tmp_path / "w")
+    assert model.head.kernel.dtype == np.float32
+    np.testing.assert_array_equal(model.head.kernel[...], state["head.weight"].T.astype(np.float32))
+
+
+def test_batch_counters_that_differ_or_are_not_there(tmp_path):
+    counted = state_dict()
+    counted["patch_embed.conv1.norm.num_batches_tracked"] = np.array(7)
+    bare = {name: value for name, value in counted.items() if value.dtype != np.int64}
+    for i, state in enumerate((counted, bare)):
+        write_torch_file(tmp_path / f"{i}.pth", state)
+        convert(tmp_path / f"{i}.pth", tmp_path / f"{i}")
+        assert_identical(to_torch(load(tmp_path / f"{i}")), state)
+
+
+def test_weights_made_here_go_to_pytorch(tmp_path):
+    from vssd_jax.weights.folder import Weights, write_folder
+
+    model = vssd_jax.create_model("vssd_nano", num_classes=3, seed=5)
+    write_folder(tmp_path / "w", Weights("vssd_nano", 3, {}, get_state(model)))
+    convert(tmp_path / "w", tmp_path / "w.pth", reverse=True)
+    loaded = torch.load(tmp_path / "w.pth", weights_only=True)
+    torch_model("vssd_nano", num_classes=3).load_state_dict(loaded, strict=True)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_safetensors_with_either_names(here, tmp_path):
+    from safetensors.numpy import save_file
+
+    convert(NANO, tmp_path / "w", which="model")
+    path = tmp_path / "w/model.safetensors"
+    if not here:
+        path = tmp_path / "torch.safetensors"
+        save_file(state_dict(), path)
+    loaded = load(path)
+    assert (loaded.model, loaded.num_classes) == ("vssd_nano", 10)
+    assert_identical(loaded.params, read_arrays(tmp_path / "w/model.safetensors"))
+
+
+# Recognition
+
+
+@pytest.mark.parametrize("name", ["nano", "micro", "tiny", "small", "base"])
+def test_classifiers_are_recognised(name):
+    tensors = {
+        key: np.broadcast_to(np.float32(0), shape)
+        for key, (shape, _) in inventory(f"classification_{name}").items()
+    }
+    assert recognise(tensors, None, {}) == (f"vssd_{name}", 10 if name == "nano" else 1000, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "told"),
+    [
+        ("simple", {}, {"stem": "patch", "downsample": "patch"}),
+        ("expand1", {}, {"expand": 1}),
+        ("groups", {}, {"ngroups": 2, "num_heads": (2, 4, 4, 8)}),
+        ("groups", {"ngroups": 1}, {"d_state": 32, "num_heads": (2, 4, 4, 8), "ngroups": 1}),
+        ("all_ssd", {}, {"mixers": ("ncssd",) * 4}),
+        ("all_attention", {}, {"mixers": ("attention",) * 4}),
+        ("causal", {}, {}),
+        (
+            "bidirectional",
+            {"mixers": ("bissd", "bissd", "bissd", "attention"), "ngroups": 2,
+             "num_heads": (2, 4, 4, 8)},
+            {"mixers": ("bissd", "bissd", "bissd", "attention"), "ngroups": 2,
+             "num_heads": (2, 4, 4, 8)},
+        ),
+    ],
+)  # fmt: skip
+def test_ablations_are_recognised(name, given, told, tmp_path):
+    write_torch_file(tmp_path / "a.pth", state_dict(f"nano_{name}"))
+    loaded = load(tmp_path / "a.pth", overrides=given)
+    assert (loaded.model, loaded.num_classes) == ("vssd_nano", 10)
+    assert loaded.overrides == told
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "vssd_tiny"}, "those of vssd_nano, not of vssd_tiny"),
+        ({"model": "vssd_tini"}, "did you mean 'vssd_tiny'"),
+        ({"overrides": {"expand": 1}}, "contradict expand=1: theirs is 2"),
+        ({"overrides": {"mixers": ["ncssd"] * 4}}, "contradict mixers="),
+        ({"overrides": {"expends": 1}}, "did you mean 'expand'"),
+        ({"overrides": {"d_state": 8, "ngroups": 1}}, "contradict d_state=8"),
+        ({"which": "both"}, "choose 'model' or 'ema'"),
+    ],
+)
+def test_contradictions(options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        convert(NANO, tmp_path / "w", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+# What does not fit
+
+
+def change(state, kind, rng):
+    name = rng.choice([name for name, value in state.items() if value.ndim])
+    value = state[name]
+    if kind == "removed":
+        del state[name]
+    elif kind == "renamed":
+        state[name + "_"] = state.pop(name)
+    elif kind == "added":
+        state[f"extra.{name}"] = value
+    elif kind == "grown":
+        state[name] = np.concatenate([value, value])
+    elif kind == "cut":
+        state[name] = value[:-1]
+    elif kind == "flat":
+        state[name] = value.reshape(-1, 1)
+    elif kind == "integer":
+        state[name] = np.zeros(value.shape, np.int32)
+    return name
+
+
+@pytest.mark.parametrize("kind", ["removed", "renamed", "added", "grown", "cut", "flat", "integer"])
+def test_state_dicts_that_do_not_fit_are_refused_by_name(kind, tmp_path):
+    rng = random.Random(kind)
+    for _ in range(12):
+        state = state_dict()
+        name = change(state, kind, rng)
+        write_torch_file(tmp_path / "bad.pth", state)
+        with pytest.raises(UserError) as error:
+            convert(tmp_path / "bad.pth", tmp_path / "w")
+        message = str(error.value)
+        assert "\n" not in message
+        assert len(message) < 1500
+        # A changed size of the stem or the classifier is taken for another model's.
+        leaf = name.rpartition(".")[2]
+        assert (
+            leaf in message
+            or "those of a vssd" in message
+            or "contradict" in message
+            or ("missing" in message or "another shape" in message)
+        )
+        assert [path.name for path in tmp_path.iterdir()] == ["bad.pth"]
+
+
+def converted_or_message(source, output) -> str | None:
+    try:
+        convert(source, output)
+    except UserError as error:
+        return str(error)
+
+
+def test_damaged_files_end_in_one_line(tmp_path):
+    write_torch_file(tmp_path / "good.pth", state_dict())
+    convert(tmp_path / "good.pth", tmp_path / "good")
+    expected = read_arrays(tmp_path / "good/model.safetensors")
+    data, bad = (tmp_path / "good.pth").read_bytes(), tmp_path / "bad.pth"
+    rng = random.Random(0)
+    refused = 0
+    for i in range(120):
+        damaged = bytearray(data)
+        if i % 3 == 0:
+            del damaged[rng.randrange(len(data)) :]
+        else:  # half of the flips among the names and sizes
+            pickled = data.index(b"data.pkl")
+            low, high = (0, len(data)) if i % 3 == 1 else (pickled, pickled + 20000)
+            for _ in range(rng.choice((1, 4))):
+                damaged[rng.randrange(low, high)] ^= 1 << rng.randrange(8)
+        bad.write_bytes(damaged)
+        message = converted_or_message(bad, tmp_path / "w")
+        if message is None:  # the damaged bit carries nothing, such as a date
+            assert_identical(read_arrays(tmp_path / "w/model.safetensors"), expected)
+            shutil.rmtree(tmp_path / "w")
+        else:
+            refused += 1
+            assert "\n" not in message
+        assert {path.name for path in tmp_path.iterdir()} == {"good.pth", "good", "bad.pth"}
+    assert refused > 100
+
+
+def test_damaged_folders(tmp_path):
+    convert(NANO, tmp_path / "w")
+    config, arrays = tmp_path / "w/config.json", tmp_path / "w/model.safetensors"
+    good_config, good_arrays = config.read_text(), arrays.read_bytes()
+    fields = json.loads(good_config)
+    for text in (
+        "", "{", "[]", "3", "{}", json.dumps(fields | {"model": 3}),
+        json.dumps(fields | {"model": "resnet"}), json.dumps(fields | {"num_classes": 11}),
+        json.dumps(fields | {"num_classes": "ten"}), json.dumps(fields | {"overrides": [1]}),
+        json.dumps(fields | {"overrides": {"expand": 1}}),
+        json.dumps(fields | {"overrides": {"expand": "two"}}),
+        json.dumps(fields | {"overrides": {"embed_dim": 1.5}}),
+        json.dumps(fields | {"overrides": {"depths": [1, 2, 1, "x"]}}),
+        json.dumps(fields | {"model": "vssd_micro"}),
+    ):  # fmt: skip
+        config.write_text(text)
+        with pytest.raises(UserError) as error:
+            load(tmp_path / "w")
+        assert "\n" not in str(error.value)
+    config.write_text(good_config)
+    for cut in (0, 4, 100, len(good_arrays) // 2, len(good_arrays) - 1):
+        arrays.write_bytes(good_arrays[:cut])
+        with pytest.raises(UserError, match="cannot be read"):
+            load(tmp_path / "w")
+    arrays.unlink()
+    with pytest.raises(UserError):
+        load(tmp_path / "w")
+
+
+def test_an_output_that_exists_is_left_alone(tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        convert(NANO, tmp_path / "w")
+    assert (tmp_path / "w/mine.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written"):
+        convert(NANO, tmp_path / "file/w")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", fail)
+    with pytest.raises(UserError, match="No space left"):
+        convert(NANO, tmp_path / "w")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_entries_of_the_archive_removed(tmp_path):
+    write_torch_file(tmp_path / "good.pth", state_dict())
+    with zipfile.ZipFile(tmp_path / "good.pth") as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    for name in random.Random(0).sample(sorted(records), 12):
+        with zipfile.ZipFile(tmp_path / "bad.pth", "w") as archive:
+            for other, data in records.items():
+                if other != name:
+                    archive.writestr(other, data)
+        if name.endswith(("version", "byteorder")):
+            continue
+        with pytest.raises(UserError):
+            convert(tmp_path / "bad.pth", tmp_path / "w")
+        assert not (tmp_path / "w").exists()

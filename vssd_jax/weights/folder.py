@@ -1,0 +1,113 @@
+"""Weights folders: `model.safetensors` holds the arrays, `config.json` says of which model."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from vssd_jax.errors import UserError
+
+ARRAYS, CONFIG = "model.safetensors", "config.json"
+_DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The parameters of a model and how to make the model that they fit.
+
+    Attributes:
+      model: its name, see `vssd_jax.list_models`.
+      num_classes: size of its classifier.
+      overrides: fields of its config that differ from the name's.
+      params: arrays by the names used here, in the dtype of their file.
+      provenance: where they come from: `source`, the file's name; `state_dict`, "model" or
+        "ema"; `num_batches_tracked`, PyTorch's counters of BatchNorm batches, which nothing
+        here needs: one number, numbers by name where they differ, or None without counters.
+    """
+
+    model: str
+    num_classes: int
+    overrides: dict[str, Any]
+    params: Mapping[str, np.ndarray]
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike):
+    """A folder to fill that appears at `path` when it is complete, and not at all on errors."""
+    path = Path(path)
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already; choose another folder or remove it")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        os.rename(beside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_folder(path: str | os.PathLike, weights: Weights) -> None:
+    """Writes a weights folder; a UserError if `path` exists or cannot be written."""
+    with new_folder(path) as folder:
+        write_arrays(folder / ARRAYS, weights.params)
+        config = {
+            "model": weights.model,
+            "num_classes": weights.num_classes,
+            "overrides": weights.overrides,
+            **weights.provenance,
+        }
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_folder(path: str | os.PathLike) -> Weights:
+    """Reads a weights folder; a UserError if it is none."""
+    path = Path(path)
+    try:
+        config = json.loads((path / CONFIG).read_text())
+        model, num_classes = config.pop("model"), config.pop("num_classes")
+        overrides = config.pop("overrides")
+    except OSError as error:
+        raise UserError(f"{path} is no weights folder: no {CONFIG} can be read") from error
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"{path / CONFIG} is no description of a model ({error})") from error
+    if type(model) is not str or type(num_classes) is not int or type(overrides) is not dict:
+        raise UserError(f"{path / CONFIG} is no description of a model")
+    return Weights(model, num_classes, overrides, read_arrays(path / ARRAYS), config)
+
+
+def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file."""
+    from safetensors.numpy import save_file
+
+    # safetensors writes the memory of an array whatever its strides are.
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+
+
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads a safetensors file; a UserError if it is none."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    except (AttributeError, KeyError, TypeError) as error:  # a dtype that NumPy does not know
+        raise UserError(f"{path} holds tensors of a dtype that is not supported") from error
+
+
+def check_dtypes(params: Mapping[str, np.ndarray]) -> None:
+    """A UserError if there are parameters that are not floating-point."""
+    for name, array in params.items():
+        if array.dtype not in _DTYPES:
+            raise UserError(f"tensor {name} is {array.dtype}, not floating-point")
