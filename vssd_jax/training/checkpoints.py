@@ -8,17 +8,27 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from vssd_jax.errors import UserError
-from vssd_jax.training.state import Arrays, TrainState
+from vssd_jax.training.state import TrainState
 
 _FOLDER = "checkpoints"
 
 
-def has_checkpoints(path: str | pathlib.Path) -> bool:
-    """Whether `path` is the workdir of a training run."""
-    return (pathlib.Path(path) / _FOLDER).is_dir()
+def read_ema(workdir: str | pathlib.Path) -> tuple[dict[str, np.ndarray], int]:
+    """The averaged weights of the latest checkpoint, and its step.
+
+    Raises:
+      UserError: there is no checkpoint yet.
+    """
+    with ocp.training.Checkpointer(pathlib.Path(workdir).absolute() / _FOLDER) as checkpointer:
+        latest = checkpointer.latest
+        if latest is None:
+            raise UserError(f"{workdir} has no checkpoint yet")
+        ema = checkpointer.load_checkpointables(latest.step)["ema"]
+    return {name: np.asarray(value) for name, value in ema.items()}, latest.step
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -96,10 +106,6 @@ class Checkpoints:
         names = _named(abstract.replace(ema={}))
         state = jax.tree.unflatten(structure, [parts["train"][name] for name in names])
         return state.replace(ema=parts["ema"])
-
-    def restore_ema(self, abstract: Arrays, *, step: int) -> Arrays:
-        """The averaged weights and statistics of a step."""
-        return self._checkpointer.load_checkpointables(step, {"ema": abstract})["ema"]
 
     def close(self) -> None:
         """Waits for the last save."""

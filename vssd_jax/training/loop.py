@@ -41,10 +41,10 @@ class _StopSignal:
             signal.signal(number, handler)
 
 
-def _prepare_workdir(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+def _prepare_workdir(workdir: pathlib.Path, config: dict) -> None:
     """Makes the folder and notes the config; a changed config is told, not refused."""
     path = workdir / "config.json"
-    text = json.dumps(config.to_dict(), indent=2)
+    text = json.dumps(config, indent=2)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -84,7 +84,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
     eval_every = config.eval_every_epochs * steps_per_epoch
     schedule = optim.make_schedule(config, steps_per_epoch)
     optimizer = optim.make_optimizer(config, schedule)
-    _prepare_workdir(workdir, config)
+    _prepare_workdir(workdir, {**config.to_dict(), "num_classes": task.num_classes})
 
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     replicated = NamedSharding(mesh, PartitionSpec())

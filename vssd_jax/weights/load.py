@@ -1,6 +1,7 @@
 """Weights from wherever they lie, as parameters by the names used here."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,8 @@ def load(
 
     Args:
       source: a weights folder; a `.pth` file; a `.safetensors` file, with PyTorch's names or the
-        ones used here; or `hf://owner/repo/file`, downloaded through huggingface_hub.
+        ones used here; `hf://owner/repo/file`, downloaded through huggingface_hub; or the workdir
+        of a training run, whose averaged weights at the latest checkpoint are taken.
       model: the name that the weights must have; None recognises it from the tensors.
       which: "model" or "ema" of a `.pth` file; None is the EMA where it has one.
       overrides: fields of the model's config; needed for what shapes do not tell, such as
@@ -44,7 +46,7 @@ def load(
     overrides = dict(overrides or {})
     try:
         if path.is_dir():
-            weights = read_folder(path)
+            weights = _read_workdir(path) if _is_workdir(path) else read_folder(path)
             _check_agreement(weights, model, overrides)
             state.check(_shapes(weights), weights.params)
             check_dtypes(weights.params)
@@ -75,6 +77,24 @@ def to_torch(weights: Weights) -> dict[str, np.ndarray]:
             count = counters.get(counter, 0) if isinstance(counters, dict) else counters
             tensors[counter] = np.array(count, np.int64)
     return tensors
+
+
+def _is_workdir(path: Path) -> bool:
+    return (path / "checkpoints").is_dir()
+
+
+def _read_workdir(path: Path) -> Weights:
+    from vssd_jax.training.checkpoints import read_ema
+
+    config = json.loads((path / "config.json").read_text())
+    params, step = read_ema(path)
+    return Weights(
+        model=config["model"],
+        num_classes=config["num_classes"],
+        overrides=config["model_options"],
+        params=params,
+        provenance={"state_dict": "ema", "step": step},
+    )
 
 
 def _download(uri: str) -> Path:
