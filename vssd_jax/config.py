@@ -61,3 +61,25 @@ def classification_config() -> ml_collections.ConfigDict:
     config.cache_decoded = ml_collections.config_dict.placeholder(str)
     config.max_unreadable = 0.01  # share of unreadable pictures that ends the run
     return config
+
+
+def imagenet_config() -> ml_collections.ConfigDict:
+    """The paper's recipe for ImageNet-1K; the variants differ in batch, rates and MESA."""
+    config = classification_config()
+    config.dataset = "imagenet2012"
+    config.image_size = 224
+    config.dtype = "bfloat16"
+    config.num_workers = 12
+    config.epochs = 300
+    config.learning_rate_batch = 512
+    config.warmup_epochs = 20
+    config.warmup_learning_rate = 5e-7
+    config.weight_decay = 0.05
+    config.clip_grad_norm = 5.0
+    config.ema_decay = 0.9999
+    config.label_smoothing = 0.1
+    config.mixup_alpha = 0.8
+    config.cutmix_alpha = 1.0
+    config.mesa_start_epoch = 75
+    config.log_every_steps = 100
+    return config

@@ -125,6 +125,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
             step += 1
             pending.append(metrics)
             progress.update()
+            if step == start + 1:  # neither the speed nor the time left counts the compilation
+                jax.block_until_ready(metrics)
+                progress.unpause()
+                since = time.perf_counter()
             evaluating = step % eval_every == 0 or step == total
             if step % config.log_every_steps == 0 or step == total or stop.received:
                 logged = _mean(jax.device_get(pending), "train/")

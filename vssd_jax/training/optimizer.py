@@ -3,6 +3,9 @@
 import ml_collections
 import optax
 
+from vssd_jax.errors import UserError
+from vssd_jax.models.registry import did_you_mean
+
 
 def make_schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     """The learning rate by step: linear warm-up, then cosine, linear or step decay.
@@ -28,7 +31,8 @@ def make_schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> op
         drops = {round(epoch * steps_per_epoch) - warmup: 0.1 for epoch in config.decay_epochs}
         after = optax.piecewise_constant_schedule(peak, drops)
     else:
-        raise ValueError(f"unknown schedule {config.schedule!r}: cosine, linear or steps")
+        near = did_you_mean(config.schedule, ("cosine", "linear", "steps"))
+        raise UserError(f"unknown schedule {config.schedule!r}{near}")
     if warmup == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(start, peak, warmup), after], [warmup])
@@ -56,7 +60,9 @@ def decay_mask(params: dict, no_decay: str) -> dict:
             )
             for name in params
         }
-    raise ValueError(f"unknown no_decay {no_decay!r}: vectors or norms")
+    raise UserError(
+        f"unknown no_decay {no_decay!r}{did_you_mean(no_decay, ('vectors', 'norms'))}"
+    )
 
 
 def make_optimizer(

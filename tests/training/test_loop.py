@@ -1,0 +1,192 @@
+"""Whole runs of a small model on the digits: files, resume, compilation, several devices."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from configs.digits import get_config
+from tests.conftest import ROOT
+from vssd_jax.errors import UserError
+from vssd_jax.tasks.classification import Classification
+from vssd_jax.training.evaluation import evaluate_weights
+from vssd_jax.training.loop import train
+from vssd_jax.training.metrics import read_metrics
+
+EPOCH = 1437 // 128  # steps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parsed_flags():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["tests"])  # Grain reads absl flags
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+def small_config(data_dir, epochs=2):
+    config = get_config()
+    config.model_options = {
+        "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "d_state": 8,
+        "drop_path": 0.1,
+    }  # fmt: skip
+    config.update(
+        data_dir=data_dir, batch_size=128, eval_batch_size=128, epochs=epochs, log_every_steps=1,
+        mesa=0.5, mesa_start_epoch=1, mixup_alpha=0.2, warmup_epochs=0.5,
+    )  # fmt: skip
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_dir):
+    """A finished run: its config, workdir, result and the compilations while it ran."""
+    compiled = []
+
+    def listen(event, _, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(len(read_metrics(workdir)))  # lines written so far: when it happened
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    workdir = tmp_path_factory.mktemp("run") / "digits"
+    config = small_config(data_dir)
+    results = train(config, workdir)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    return config, workdir, results, compiled
+
+
+def losses(workdir):
+    lines = read_metrics(workdir)
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def test_a_run_writes_what_is_promised(run):
+    _, workdir, results, _ = run
+    lines = read_metrics(workdir)
+    train_lines = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in train_lines] == list(range(1, 2 * EPOCH + 1))
+    for name in ("train/learning_rate", "train/images_per_second", "train/grad_norm"):
+        assert all(line[name] >= 0 for line in train_lines)
+    evaluations = [line for line in lines if "val/top1" in line]
+    assert [line["step"] for line in evaluations] == [EPOCH, 2 * EPOCH]
+    assert evaluations[-1]["val/top1"] == results["val/top1"]
+    assert 0 <= results["val/top1"] <= results["val/top5"] <= 1
+    assert train_lines[EPOCH - 1]["train/mesa"] == 0 < train_lines[EPOCH]["train/mesa"]
+    falling = [line["train/loss"] - 0.5 * line["train/mesa"] for line in train_lines]
+    assert falling[-1] < falling[EPOCH] < falling[0]
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list(workdir.glob("events.out.tfevents.*"))
+    assert json.loads((workdir / "config.json").read_text())["num_classes"] == 10
+    assert not list(workdir.glob("*.part*"))
+
+
+def test_nothing_is_compiled_after_the_first_steps(run):
+    _, workdir, _, compiled = run
+    lines = read_metrics(workdir)
+    first_evaluation = next(i for i, line in enumerate(lines) if "val/top1" in line)
+    assert compiled
+    # After the first evaluation, the curves and the first save: nothing.
+    assert max(compiled) <= first_evaluation + 1
+
+
+def test_evaluation_of_the_workdir_gives_the_same_numbers(run, capsys):
+    config, workdir, results, _ = run
+    again = evaluate_weights(config, workdir)
+    assert {name: again[name] for name in results} == results
+    assert "parameters" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_repeated(run, capsys):
+    config, workdir, results, _ = run
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert train(config, workdir) == results
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert f"{results['val/top1']:.4f}" in capsys.readouterr().out
+
+
+def test_a_stopped_run_resumes_as_if_never_stopped(run, tmp_path, monkeypatch, capsys):
+    config, workdir, results, _ = run
+    real, stop_at = Classification.train_batches, EPOCH + 4
+
+    def stopping(self, start_step):
+        for index, batch in enumerate(real(self, start_step), start_step):
+            if index == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(Classification, "train_batches", stopping)
+    train(config, tmp_path)
+    stopped = max(losses(tmp_path))
+    assert EPOCH < stopped < 2 * EPOCH
+    assert "stopped" in capsys.readouterr().out
+    monkeypatch.setattr(Classification, "train_batches", real)
+    assert train(config, tmp_path) == results
+    assert losses(tmp_path) == losses(workdir)
+
+
+def test_another_model_in_the_workdir_is_refused(run):
+    config, workdir, _, _ = run
+    other = config.copy_and_resolve_references()
+    other.model_options = {**config.model_options, "d_state": 4}
+    with pytest.raises(UserError, match="does not fit the config"):
+        train(other, workdir)
+
+
+SEVERAL_DEVICES = """
+import sys
+from absl import flags
+flags.FLAGS(["test"])
+from tests.training.test_loop import small_config
+from vssd_jax.training.loop import train
+config = small_config(sys.argv[1])
+config.update(steps=20, eval_batch_size=120)
+train(config, sys.argv[2])
+"""
+
+
+def test_eight_devices_train_as_one(tmp_path, data_dir):
+    workdirs = [tmp_path / str(devices) for devices in (1, 8)]
+    for workdir in workdirs:
+        count = f"--xla_force_host_platform_device_count={workdir.name}"
+        subprocess.run(
+            [sys.executable, "-c", SEVERAL_DEVICES, data_dir, str(workdir)],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": count, "PYTHONPATH": str(ROOT)},
+            check=True,
+            capture_output=True,
+        )
+    one, eight = (losses(workdir) for workdir in workdirs)
+    assert list(one) == list(range(1, 21))
+    np.testing.assert_allclose(list(eight.values()), list(one.values()), rtol=0, atol=1e-5)
+    one, eight = (read_metrics(workdir)[-1] for workdir in workdirs)
+    assert eight["val/loss"] == pytest.approx(one["val/loss"], abs=1e-5)
+    assert eight["val/top1"] == one["val/top1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 does not divide"),
+        ({"accumulate": 3}, "use a multiple of 3"),
+        ({"mesh": {"data": 3}}, "does not fit 1 devices"),
+        ({"batch_size": 2048}, "more than the 1437 images"),
+        ({"dataset": "digit"}, "did you mean 'digits'"),
+        ({"task": "sorting"}, "unknown task"),
+        ({"model": "vssd_nono"}, "did you mean 'vssd_nano'"),
+        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+    ],
+)
+def test_impossible_configs_are_refused(changes, message, data_dir, tmp_path):
+    config = small_config(data_dir)
+    config.update(changes)
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
