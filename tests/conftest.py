@@ -1,13 +1,17 @@
 """Every test runs on the CPU, without a network."""
 
 import os
-
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported; GPU tests start their own process
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pathlib
+import tempfile
 
 import pytest
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Runs that resume or repeat compile once; subprocesses share the folder.
+_CACHE = tempfile.TemporaryDirectory(prefix="vssd-jax-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "2"
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parents[1]

@@ -27,7 +27,12 @@ def read_ema(workdir: str | pathlib.Path) -> tuple[dict[str, np.ndarray], int]:
         latest = checkpointer.latest
         if latest is None:
             raise UserError(f"{workdir} has no checkpoint yet")
-        ema = checkpointer.load_checkpointables(latest.step)["ema"]
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+            for name, leaf in _metadata(checkpointer, latest.step)["ema"].items()
+        }
+        ema = checkpointer.load_checkpointables(latest.step, {"ema": abstract})["ema"]
     return {name: np.asarray(value) for name, value in ema.items()}, latest.step
 
 
@@ -39,6 +44,11 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _parts(state: TrainState) -> dict[str, dict]:
     return {"ema": state.ema, "train": _named(state.replace(ema={}))}
+
+
+def _metadata(checkpointer, step: int) -> dict[str, dict]:
+    """Shape and dtype of every array of a checkpoint, by part and name."""
+    return checkpointer.checkpointables_metadata(step).metadata
 
 
 class Checkpoints:
@@ -93,15 +103,23 @@ class Checkpoints:
         )
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """The latest state, placed as the shardings of `abstract` say."""
-        step = self.latest_step
-        try:
-            parts = self._checkpointer.load_checkpointables(step, _parts(abstract))
-        except (ValueError, KeyError) as error:
+        """The latest state, placed as the shardings of `abstract` say.
+
+        Raises:
+          UserError: the checkpoint is of another model or optimizer.
+        """
+        step, parts = self.latest_step, _parts(abstract)
+        saved = {
+            part: {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+            for part, leaves in _metadata(self._checkpointer, step).items()
+        }
+        wanted = {part: {n: x.shape for n, x in leaves.items()} for part, leaves in parts.items()}
+        if saved != wanted:
             raise UserError(
                 f"the checkpoint of step {step} in {self._checkpointer.directory} does not fit the "
-                "config; use another --workdir or the config it was trained with"
-            ) from error
+                "config; use another --workdir, or the model and optimizer it was trained with"
+            )
+        parts = self._checkpointer.load_checkpointables(step, parts)
         structure = jax.tree.structure(abstract.replace(ema={}))
         names = _named(abstract.replace(ema={}))
         state = jax.tree.unflatten(structure, [parts["train"][name] for name in names])

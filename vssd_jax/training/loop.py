@@ -118,7 +118,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
     progress = tqdm(
         total=total, initial=start, unit="step", mininterval=1 if sys.stderr.isatty() else 20
     )
-    pending, since, step = [], time.perf_counter(), start
+    pending, step = [], start
+    timed_from, since = start, time.perf_counter()
     with _StopSignal() as stop, progress:
         while step < total and not stop.received:
             state, metrics = train_step(state, next(batches), step_key)
@@ -128,18 +129,19 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
             if step == start + 1:  # neither the speed nor the time left counts the compilation
                 jax.block_until_ready(metrics)
                 progress.unpause()
-                since = time.perf_counter()
+                timed_from, since = step, time.perf_counter()
             evaluating = step % eval_every == 0 or step == total
             if step % config.log_every_steps == 0 or step == total or stop.received:
                 logged = _mean(jax.device_get(pending), "train/")
-                speed = len(pending) * config.batch_size / (time.perf_counter() - since)
+                images = (step - timed_from) * config.batch_size
+                speed = images / (time.perf_counter() - since)
                 logged["train/learning_rate"] = float(schedule(step - 1))
                 logged["train/images_per_second"] = speed
                 _check_finite(int(state.nonfinite), config, step, logged, checkpoints)
                 writer.write(step, logged)
                 task.check(logged)
                 progress.set_postfix_str(f"{speed:.0f} images/s, loss {logged['train/loss']:.3f}")
-                pending, since = [], time.perf_counter()
+                pending, timed_from, since = [], step, time.perf_counter()
             if evaluating or stop.received:
                 begin = time.perf_counter()
                 if evaluating:
