@@ -54,7 +54,7 @@ def test_golden_logits_through_the_conversion(name, size, rectangle, tmp_path):
     forward = jax.jit(lambda arrays, images: nnx.merge(graph, arrays)(images))
     golden = np.load(GOLDEN / f"classification_{name}.npz")
     cases = [(golden["logits_f64"], golden_images((2, 3, *size)))]
-    if rectangle:
+    if "logits_rect" in golden:  # base has none
         cases.append((golden["logits_rect"], golden_images((1, 3, *rectangle), salt=1)))
     for expected, images in cases:
         np.testing.assert_allclose(forward(arrays, images), expected, rtol=0, atol=2e-5)

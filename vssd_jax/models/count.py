@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend import core
 
 from vssd_jax.models.registry import abstract
 from vssd_jax.models.vssd import VSSD, DepthwiseConv
@@ -50,8 +51,18 @@ def _products(jaxpr) -> int:
             outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += eqn.outvars[0].aval.size * (kernel.size // outputs)
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        total += times * sum(_products(sub) for sub in jax.core.jaxprs_in_params(eqn.params))
+        total += times * sum(map(_products, _inner(eqn.params)))
     return total
+
+
+def _inner(params):
+    """The programs inside an equation: bodies of loops, branches, compiled functions."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
 
 
 def _depthwise(model: nnx.Module, images) -> int:
