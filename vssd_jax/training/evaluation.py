@@ -13,6 +13,7 @@ from vssd_jax.models.count import count_multiply_adds, count_parameters
 from vssd_jax.tasks import make_task
 from vssd_jax.training.sharding import check_batch, device_batches, make_mesh
 from vssd_jax.training.state import Arrays, Functional
+from vssd_jax.weights.state import get_state, set_state
 
 
 class Evaluator:
@@ -71,7 +72,8 @@ def evaluate_weights(
         f"{results['multiply_adds'] / 1e9:.3f} G multiply-adds at {size[0]}x{size[1]}"
     )
     mesh = make_mesh(config.mesh)
-    arrays = jax.device_put(loaded.params, NamedSharding(mesh, PartitionSpec()))
+    set_state(model, loaded.params)
+    arrays = jax.device_put(get_state(model), NamedSharding(mesh, PartitionSpec()))
     if throughput:
         results["images_per_second"] = measure_throughput(task, functional, arrays, mesh)
         print(

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from vssd_jax.models.registry import abstract
+
 Arrays = dict[str, jax.Array]
 
 
@@ -48,7 +50,7 @@ class Functional:
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
         self._build = build
-        model = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+        model = abstract(build)
         self._train_graph, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
         model.eval()
         self._eval_graph = nnx.graphdef(model)
