@@ -27,7 +27,8 @@ def depthwise_conv(
     y = ACTIVATIONS[activation](_convolve(x, kernel, bias, stride))
     if residual:
         y = y + x
-    return y.astype(x.dtype)
+    # The barrier keeps a consumer in float32 (a norm) from asking for a second, wide copy.
+    return jax.lax.optimization_barrier(y.astype(x.dtype))
 
 
 def _forward(x, kernel, bias, stride, activation, residual):

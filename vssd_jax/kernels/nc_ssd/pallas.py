@@ -77,7 +77,7 @@ class Sizes:
         """Columns of B (or of C, the second) in the group of head `head`, with their mask."""
         n = jnp.arange(self.padded_state)
         start = self.inner + (self.groups * self.state if second else 0)
-        return start + (head % self.groups) * self.state + n, n < self.state
+        return start + jax.lax.rem(jnp.int32(head), jnp.int32(self.groups)) * self.state + n, n < self.state
 
 
 def _padded(size):
@@ -138,7 +138,15 @@ def _tokens(sizes, block, end=None):
     return l, l < (sizes.length if end is None else end)
 
 
-def _partial_state_kernel(x_ref, bc_ref, w_ref, out_ref, *, sizes, second):
+def _state_kernel(xbc_ref, w_ref, out_ref, *, sizes):
+    _partial_state(xbc_ref, xbc_ref, w_ref, out_ref, sizes, second=False)
+
+
+def _state_gradient_kernel(dy_ref, xbc_ref, out_ref, *, sizes):
+    _partial_state(dy_ref, xbc_ref, None, out_ref, sizes, second=True)
+
+
+def _partial_state(x_ref, bc_ref, w_ref, out_ref, sizes, *, second):
     """B^T (w * x) over a chunk; or C^T x (`second`, without weights)."""
     head, chunk, batch = (pl.program_id(axis) for axis in range(3))
     columns, states = sizes.tile(head), sizes.group_tile(head, second=second)
@@ -263,18 +271,14 @@ def _call(kernel, name, grid, out_shape, args, *, interpret, num_warps=4, num_st
     )(*args)
 
 
-def _states(x, bc, weights, sizes, *, second, dtype, interpret):
+def _states(kernel, name, args, sizes, *, dtype, interpret):
     """Sums over the tokens: (B, heads, N, P) in `dtype`, accumulated in float32."""
-    batch, chunks = x.shape[0], pl.cdiv(sizes.length, sizes.chunk)
+    batch, chunks = args[0].shape[0], pl.cdiv(sizes.length, sizes.chunk)
     shape = (batch, chunks, sizes.heads, sizes.state, sizes.head_dim)
-    kernel = functools.partial(_partial_state_kernel, sizes=sizes, second=second)
-    if weights is None:
-        kernel = functools.partial(_without_weights, kernel)
-    args = (x, bc) if weights is None else (x, bc, weights)
     # Heads on the first, fastest axis: they read the same B and C at the same time.
     parts = _call(
-        kernel,
-        "nc_ssd_state_gradient" if second else "nc_ssd_state",
+        functools.partial(kernel, sizes=sizes),
+        name,
         (sizes.heads, chunks, batch),
         jax.ShapeDtypeStruct(shape, f32),
         args,
@@ -283,8 +287,11 @@ def _states(x, bc, weights, sizes, *, second, dtype, interpret):
     return parts.sum(1).astype(dtype)
 
 
-def _without_weights(kernel, x_ref, bc_ref, out_ref):
-    kernel(x_ref, bc_ref, None, out_ref)
+def _state(xbc, token_weights, sizes, *, interpret):
+    args = (xbc, token_weights)
+    return _states(
+        _state_kernel, "nc_ssd_state", args, sizes, dtype=xbc.dtype, interpret=interpret
+    )
 
 
 def _output(xbc, d, state, sizes, *, interpret):
@@ -301,7 +308,12 @@ def _output(xbc, d, state, sizes, *, interpret):
 
 def _gradients(xbc, token_weights, d, state, dy, sizes, *, interpret):
     dstate = _states(
-        dy, xbc, None, sizes, second=True, dtype=xbc.dtype, interpret=interpret
+        _state_gradient_kernel,
+        "nc_ssd_state_gradient",
+        (dy, xbc),
+        sizes,
+        dtype=xbc.dtype,
+        interpret=interpret,
     )
     batch, blocks = xbc.shape[0], pl.cdiv(sizes.length, sizes.tokens)
     dxbc, dw, dd = _call(
@@ -326,9 +338,7 @@ def _nc_ssd(xbc, token_weights, d, inner, groups, interpret):
 
 def _nc_ssd_forward(xbc, token_weights, d, inner, groups, interpret):
     sizes = Sizes.of(xbc, token_weights, inner, groups)
-    state = _states(
-        xbc, xbc, token_weights, sizes, second=False, dtype=xbc.dtype, interpret=interpret
-    )
+    state = _state(xbc, token_weights, sizes, interpret=interpret)
     y = _output(xbc, d, state, sizes, interpret=interpret)
     return y, (xbc, token_weights, d, state)
 
@@ -354,9 +364,7 @@ def _gated_forward(
     xbc, token_weights, d, z, scale, bias, inner, groups, epsilon, interpret
 ):
     sizes = Sizes.of(xbc, token_weights, inner, groups)
-    state = _states(
-        xbc, xbc, token_weights, sizes, second=False, dtype=xbc.dtype, interpret=interpret
-    )
+    state = _state(xbc, token_weights, sizes, interpret=interpret)
     out = _call(
         functools.partial(_gated_output_kernel, sizes=sizes, epsilon=epsilon),
         "nc_ssd_gated_output",

@@ -64,7 +64,7 @@ NETWORK = [
 # What the network at 224 pixels does not show: tails of every kind, groups, expansion 1.
 EDGES = [
     Spec("odd length", 97 * 3 + 2, 2, 64, 64),
-    Spec("one token", 1, 1, 16, 16),
+    Spec("one token", 1, 2, 16, 16),
     Spec("stage 4 of 7 x 7", 49, 4, 32, 48),
     Spec("two groups", 65, 4, 32, 24, groups=2),
     Spec("odd everything", 77, 3, 20, 5),
