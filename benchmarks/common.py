@@ -18,7 +18,8 @@ from flax import nnx
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with the options that every benchmark has."""
     result = argparse.ArgumentParser(
-        description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=description.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     result.add_argument("--rounds", type=int, default=5, help="timed rounds; the median counts")
     result.add_argument("--seconds", type=float, default=1.0, help="least length of a round")

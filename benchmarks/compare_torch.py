@@ -11,7 +11,6 @@ import contextlib
 import statistics
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx

@@ -52,10 +52,10 @@ def _place(part, length, width, heads):
     """Indices and mask of q, k or v (`part` 0, 1, 2) in the program's head and image."""
     head, batch = pl.program_id(0), pl.program_id(1)
     head_dim = width // heads
-    l = jnp.arange(_padded(length))[:, None]
+    token = jnp.arange(_padded(length))[:, None]
     p = jnp.arange(_padded(head_dim))[None, :]
-    index = (batch, l, part * width + head * head_dim + p)
-    return index, jnp.broadcast_to((l < length) & (p < head_dim), (l.size, p.size))
+    index = (batch, token, part * width + head * head_dim + p)
+    return index, jnp.broadcast_to((token < length) & (p < head_dim), (token.size, p.size))
 
 
 def _load(ref, part, *sizes):

@@ -77,7 +77,9 @@ class Sizes:
         """Columns of B (or of C, the second) in the group of head `head`, with their mask."""
         n = jnp.arange(self.padded_state)
         start = self.inner + (self.groups * self.state if second else 0)
-        return start + jax.lax.rem(jnp.int32(head), jnp.int32(self.groups)) * self.state + n, n < self.state
+        # Not `%`: the sign of Python's remainder is more than Triton's lowering can take.
+        group = jax.lax.rem(jnp.int32(head), jnp.int32(self.groups))
+        return start + group * self.state + n, n < self.state
 
 
 def _padded(size):
@@ -133,9 +135,9 @@ def _dot(a, b):
     return jax.lax.dot(a, b, precision=precision, preferred_element_type=f32)
 
 
-def _tokens(sizes, block, end=None):
-    l = block * sizes.tokens + jnp.arange(sizes.tokens)
-    return l, l < (sizes.length if end is None else end)
+def _tokens(sizes, block):
+    token = block * sizes.tokens + jnp.arange(sizes.tokens)
+    return token, token < sizes.length
 
 
 def _state_kernel(xbc_ref, w_ref, out_ref, *, sizes):
@@ -153,11 +155,11 @@ def _partial_state(x_ref, bc_ref, w_ref, out_ref, sizes, *, second):
     steps = sizes.chunk // sizes.tokens
 
     def body(i, acc):
-        l = _tokens(sizes, chunk * steps + i)
-        x = _load(x_ref, batch, l, columns)
-        b = _load(bc_ref, batch, l, states)
+        rows = _tokens(sizes, chunk * steps + i)
+        x = _load(x_ref, batch, rows, columns)
+        b = _load(bc_ref, batch, rows, states)
         if w_ref is not None:
-            x = (x.astype(f32) * _load(w_ref, batch, l, head)[:, None]).astype(x.dtype)
+            x = (x.astype(f32) * _load(w_ref, batch, rows, head)[:, None]).astype(x.dtype)
         return acc + _dot(b.T, x)
 
     shape = (sizes.padded_state, sizes.padded_head_dim)
@@ -173,28 +175,28 @@ def _state_tile(ref, sizes, batch, head):
     return _load(ref, batch, head, (n, n < sizes.state), (p, p < sizes.head_dim))
 
 
-def _head_output(xbc_ref, d_ref, state_ref, sizes, batch, l, head):
-    x = _load(xbc_ref, batch, l, sizes.tile(head))
-    c = _load(xbc_ref, batch, l, sizes.group_tile(head, second=True))
+def _head_output(xbc_ref, d_ref, state_ref, sizes, batch, rows, head):
+    x = _load(xbc_ref, batch, rows, sizes.tile(head))
+    c = _load(xbc_ref, batch, rows, sizes.group_tile(head, second=True))
     state = _state_tile(state_ref, sizes, batch, head)
     return _dot(c, state) + d_ref[head].astype(f32) * x.astype(f32)
 
 
 def _output_kernel(xbc_ref, d_ref, state_ref, y_ref, *, sizes):
     head, block, batch = (pl.program_id(axis) for axis in range(3))
-    l = _tokens(sizes, block)
-    y = _head_output(xbc_ref, d_ref, state_ref, sizes, batch, l, head)
-    _store(y_ref, y, batch, l, sizes.tile(head))
+    rows = _tokens(sizes, block)
+    y = _head_output(xbc_ref, d_ref, state_ref, sizes, batch, rows, head)
+    _store(y_ref, y, batch, rows, sizes.tile(head))
 
 
 def _gated_output_kernel(
     xbc_ref, d_ref, state_ref, z_ref, scale_ref, bias_ref, out_ref, *, sizes, epsilon
 ):
     block, batch = pl.program_id(0), pl.program_id(1)
-    l = _tokens(sizes, block)
+    rows = _tokens(sizes, block)
 
     def rounded(head):
-        y = _head_output(xbc_ref, d_ref, state_ref, sizes, batch, l, head)
+        y = _head_output(xbc_ref, d_ref, state_ref, sizes, batch, rows, head)
         return y.astype(out_ref.dtype).astype(f32)
 
     def moments(head, carry):
@@ -216,8 +218,8 @@ def _gated_output_kernel(
         columns = sizes.tile(head)
         scale, bias = (_load(ref, columns).astype(f32) for ref in (scale_ref, bias_ref))
         y = (rounded(head) - mean[:, None]) * inverse[:, None] * scale[None, :] + bias[None, :]
-        z = _load(z_ref, batch, l, columns)
-        _store(out_ref, y.astype(z.dtype).astype(f32) * z.astype(f32), batch, l, columns)
+        z = _load(z_ref, batch, rows, columns)
+        _store(out_ref, y.astype(z.dtype).astype(f32) * z.astype(f32), batch, rows, columns)
 
     jax.lax.fori_loop(0, sizes.heads, write, None)
 
@@ -227,31 +229,31 @@ def _gradient_kernel(
 ):
     """All gradients but the state's for a block of tokens and the heads of one group."""
     block, group, batch = (pl.program_id(axis) for axis in range(3))
-    l = _tokens(sizes, block)
+    rows = _tokens(sizes, block)
     b_columns = sizes.group_tile(group, second=False)
     c_columns = sizes.group_tile(group, second=True)
-    b = _load(xbc_ref, batch, l, b_columns)
+    b = _load(xbc_ref, batch, rows, b_columns)
 
     def body(i, carry):
         db, dc = carry
         head = i * sizes.groups + group
         columns = sizes.tile(head)
-        x, dy = _load(xbc_ref, batch, l, columns), _load(dy_ref, batch, l, columns)
+        x, dy = _load(xbc_ref, batch, rows, columns), _load(dy_ref, batch, rows, columns)
         state = _state_tile(state_ref, sizes, batch, head)
         dstate = _state_tile(dstate_ref, sizes, batch, head)
-        w, wide_x, wide_dy = _load(w_ref, batch, l, head), x.astype(f32), dy.astype(f32)
+        w, wide_x, wide_dy = _load(w_ref, batch, rows, head), x.astype(f32), dy.astype(f32)
         dweighted = _dot(b, dstate)
         dx = w[:, None] * dweighted + d_ref[head].astype(f32) * wide_dy
-        _store(dxbc_ref, dx, batch, l, columns)
-        _store(dw_ref, jnp.sum(wide_x * dweighted, axis=1), batch, l, head)
+        _store(dxbc_ref, dx, batch, rows, columns)
+        _store(dw_ref, jnp.sum(wide_x * dweighted, axis=1), batch, rows, head)
         dd_ref[batch, block, head] = jnp.sum(jnp.sum(wide_x * wide_dy, axis=1), axis=0)
         db = db + _dot((w[:, None] * wide_x).astype(x.dtype), dstate.T)
         return db, dc + _dot(dy, state.T)
 
     zero = jnp.zeros((sizes.tokens, sizes.padded_state), f32)
     db, dc = jax.lax.fori_loop(0, sizes.heads // sizes.groups, body, (zero, zero))
-    _store(dxbc_ref, db, batch, l, b_columns)
-    _store(dxbc_ref, dc, batch, l, c_columns)
+    _store(dxbc_ref, db, batch, rows, b_columns)
+    _store(dxbc_ref, dc, batch, rows, c_columns)
 
 
 # --- Calls ------------------------------------------------------------------------------------
@@ -327,6 +329,7 @@ def _gradients(xbc, token_weights, d, state, dy, sizes, *, interpret):
         ),
         (xbc, token_weights, d, state, dstate, dy),
         interpret=interpret,
+        num_warps=8,  # four would spill registers
     )
     return dxbc, dw.astype(token_weights.dtype), dd.sum((0, 1)).astype(d.dtype)
 

@@ -34,14 +34,14 @@ class Spec:
         def normal(*shape):
             return rng.standard_normal(shape, np.float32)
 
-        tokens = (batch, self.length)
+        tokens, wide = (batch, self.length), jnp.promote_types(dtype, jnp.float32)
         return {
             "xbc": jnp.asarray(normal(*tokens, self.width), dtype),
-            "token_weights": jnp.asarray(np.exp(normal(*tokens, self.heads) - 1)),
-            "d": jnp.asarray(normal(self.heads)),
+            "token_weights": jnp.asarray(np.exp(normal(*tokens, self.heads) - 1), wide),
+            "d": jnp.asarray(normal(self.heads), wide),
             "z": jnp.asarray(normal(*tokens, self.inner), dtype),
-            "scale": jnp.asarray(1 + 0.1 * normal(self.inner)),
-            "bias": jnp.asarray(0.1 * normal(self.inner)),
+            "scale": jnp.asarray(1 + 0.1 * normal(self.inner), wide),
+            "bias": jnp.asarray(0.1 * normal(self.inner), wide),
         }
 
 
