@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
-from vssd_jax.kernels.nc_ssd import nc_ssd
+from vssd_jax.kernels.dispatch import check_name
+from vssd_jax.kernels.nc_ssd import nc_ssd_gated
 from vssd_jax.models.ssd import bidirectional_ssd, causal_ssd
 
 MIXERS = ("ncssd", "ssd", "bissd", "attention")
@@ -366,12 +368,14 @@ class SSDMixer(nnx.Module):
     (B, H, W, C) -> (B, H, W, C). `kind` is "ncssd", "ssd" or "bissd".
     """
 
-    def __init__(self, config: VSSDConfig, channels, heads, *, kind, precision, rngs):
+    def __init__(
+        self, config: VSSDConfig, channels, heads, *, kind, implementation, precision, rngs
+    ):
         inner = config.expand * channels
         state = config.ngroups * config.d_state
         self.sizes = (inner, inner + 2 * state, heads)  # z, x|B|C, dt
         self.groups, self.kind, self.sign = config.ngroups, kind, config.token_weight_sign
-        self.precision = precision
+        self.implementation, self.precision = implementation, precision
         self.in_proj = linear(
             channels, sum(self.sizes), use_bias=False, precision=precision, rngs=rngs
         )
@@ -391,42 +395,57 @@ class SSDMixer(nnx.Module):
         batch, height, width, _ = x.shape
         length = height * width
         kernel = self.in_proj.kernel[...].astype(x.dtype)
-        # Three products instead of one: a row of z|x|B|C|dt is not aligned for a GPU.
-        split = np.cumsum(self.sizes)[:-1]
-        z, xbc, dt = (x @ part for part in jnp.split(kernel, split, axis=1))
-        inner = self.sizes[0]
+        # Three products instead of one: a row of z|x|B|C|dt is not aligned for a GPU. The last is
+        # wide because softplus is, and because XLA would merge it with a product of equal type.
+        z_kernel, xbc_kernel, dt_kernel = jnp.split(kernel, np.cumsum(self.sizes)[:-1], axis=1)
+        z, xbc = x @ z_kernel, x @ xbc_kernel
+        dt = jnp.matmul(x, dt_kernel, preferred_element_type=self.precision.state)
         xbc = self.conv(xbc).reshape(batch, length, -1)
-        xs, b, c = jnp.split(xbc, (inner, (inner + xbc.shape[-1]) // 2), axis=-1)
-        b, c = (t.reshape(batch, length, self.groups, -1) for t in (b, c))
-        dt = dt.reshape(batch, length, -1).astype(self.precision.state)
-        dt = jax.nn.softplus(dt + self.dt_bias[...])
+        z = z.reshape(batch, length, -1)
+        dt = jax.nn.softplus(dt.reshape(batch, length, -1) + self.dt_bias[...])
         a, d = jnp.exp(self.A_log[...]), self.D[...]
         if self.kind == "ncssd":
-            y = nc_ssd(xs, self.sign * dt * a, b, c, d)
+            y = nc_ssd_gated(
+                xbc,
+                self.sign * dt * a,
+                d,
+                z,
+                self.norm.scale[...],
+                self.norm.bias[...],
+                inner=self.sizes[0],
+                groups=self.groups,
+                epsilon=self.norm.epsilon,
+                implementation=self.implementation,
+            )
         else:
             scan = causal_ssd if self.kind == "ssd" else bidirectional_ssd
-            y = scan(xs, dt, -a, b, c, d)
-        y = self.norm(y) * z.reshape(batch, length, inner)
+            inner = self.sizes[0]
+            xs, b, c = jnp.split(xbc, (inner, (inner + xbc.shape[-1]) // 2), axis=-1)
+            b, c = (t.reshape(batch, length, self.groups, -1) for t in (b, c))
+            y = self.norm(scan(xs, dt, -a, b, c, d)) * z
         return self.out_proj(y).reshape(x.shape)
 
 
 class AttentionMixer(nnx.Module):
     """Multi-head self-attention over all tokens: (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, channels, heads, *, precision, rngs):
-        self.heads, self.precision = heads, precision
+    def __init__(self, channels, heads, *, implementation, precision, rngs):
+        self.heads = heads
+        # The other names force NC-SSD's kernels; attention has none for every length.
+        self.implementation = "xla" if implementation == "xla" else None
         self.qkv = linear(channels, 3 * channels, use_bias=False, precision=precision, rngs=rngs)
         self.out = linear(channels, channels, precision=precision, rngs=rngs)
 
     def __call__(self, x):
         batch, height, width, channels = x.shape
-        qkv = self.qkv(x).reshape(batch, height * width, 3, self.heads, channels // self.heads)
-        q, k, v = (qkv[:, :, i] for i in range(3))
-        acc = self.precision.state
-        scores = jnp.einsum("blhp,bmhp->bhlm", q, k, preferred_element_type=acc)
-        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
-        y = jnp.einsum("bhlm,bmhp->blhp", weights, v, preferred_element_type=acc)
-        return self.out(y.astype(x.dtype).reshape(x.shape))
+        qkv = self.qkv(x).reshape(batch, height * width, 3 * channels)
+        y = attention(qkv, heads=self.heads, implementation=self.implementation)
+        return self.out(y).reshape(x.shape)
+
+
+def gelu(x):
+    """Exact GELU by erf; `jax.nn.gelu` takes erfc, twice the work on a CPU, for far tails."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 class MLP(nnx.Module):
@@ -437,7 +456,8 @@ class MLP(nnx.Module):
         self.fc2 = linear(4 * channels, channels, precision=precision, rngs=rngs)
 
     def __call__(self, x):
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        hidden = self.fc1(x)
+        return self.fc2(gelu(hidden.astype(self.fc1.param_dtype)).astype(hidden.dtype))
 
 
 # --- Network ----------------------------------------------------------------------------------
@@ -446,16 +466,19 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Local perception, mixer, local perception, MLP; (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, config: VSSDConfig, stage: int, drop_path: float, *, precision, rngs):
+    def __init__(
+        self, config: VSSDConfig, stage: int, drop_path: float, *, implementation, precision, rngs
+    ):
         channels, heads = config.embed_dim * 2**stage, config.num_heads[stage]
         kind = config.mixers[stage]
         options = {"precision": precision, "rngs": rngs}
         self.cpe1 = DepthwiseConv(channels, residual=True, **options)
         self.norm1 = layer_norm(channels, **options)
+        mixer_options = options | {"implementation": implementation}
         if kind == "attention":
-            self.mixer = AttentionMixer(channels, heads, **options)
+            self.mixer = AttentionMixer(channels, heads, **mixer_options)
         else:
-            self.mixer = SSDMixer(config, channels, heads, kind=kind, **options)
+            self.mixer = SSDMixer(config, channels, heads, kind=kind, **mixer_options)
         self.cpe2 = DepthwiseConv(channels, residual=True, **options)
         self.norm2 = layer_norm(channels, **options)
         self.mlp = MLP(channels, **options)
@@ -471,10 +494,9 @@ class Block(nnx.Module):
 class Stage(nnx.Module):
     """Blocks at one resolution, and the way down to the next (None in the last stage)."""
 
-    def __init__(self, config, stage, drop_paths, *, remat, precision, rngs):
-        self.blocks = nnx.List(
-            [Block(config, stage, rate, precision=precision, rngs=rngs) for rate in drop_paths]
-        )
+    def __init__(self, config, stage, drop_paths, *, remat, implementation, precision, rngs):
+        options = {"implementation": implementation, "precision": precision, "rngs": rngs}
+        self.blocks = nnx.List([Block(config, stage, rate, **options) for rate in drop_paths])
         self.remat = remat
         make = {"conv": ConvDownsample, "patch": PatchDownsample}[config.downsample]
         channels = config.embed_dim * 2**stage
@@ -496,6 +518,7 @@ class VSSD(nnx.Module):
         LayerNorm on each feature map.
       dtype: float32 or bfloat16 activations.
       remat: recompute the blocks in the backward pass instead of keeping their activations.
+      implementation: of the kernels: None (the best for the device), "xla", "pallas", "triton".
       rngs: with a `params` stream for the initialisation.
     """
 
@@ -506,8 +529,10 @@ class VSSD(nnx.Module):
         num_classes: int | None = 1000,
         dtype: jax.typing.DTypeLike = jnp.float32,
         remat: bool = False,
+        implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
+        check_name(implementation)
         precision = Precision(jnp.dtype(dtype))
         options = {"precision": precision, "rngs": rngs}
         self.config, self.num_classes, self.precision = config, num_classes, precision
@@ -516,8 +541,16 @@ class VSSD(nnx.Module):
         self.stages = nnx.List()
         for stage, depth in enumerate(config.depths):
             first = sum(config.depths[:stage])
+            stage_rates = rates[first : first + depth]
             self.stages.append(
-                Stage(config, stage, rates[first : first + depth], remat=remat, **options)
+                Stage(
+                    config,
+                    stage,
+                    stage_rates,
+                    remat=remat,
+                    implementation=implementation,
+                    **options,
+                )
             )
         widths = [config.embed_dim * 2**stage for stage in range(4)]
         if num_classes is None:

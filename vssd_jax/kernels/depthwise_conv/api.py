@@ -25,11 +25,14 @@ def depthwise_conv(
       residual: whether `x` is added at the end; needs stride 1.
 
     Returns:
-      (B, ceil(H / stride), ceil(W / stride), C) in the dtype of `x`.
+      (B, ceil(H / stride), ceil(W / stride), C) in the dtype of `x`, accumulated in float32 at
+      least.
+
+    Raises:
+      ValueError: for an unknown activation or stride, or a residual with stride 2.
     """
-    y = xla.depthwise_conv(x, kernel, bias, stride=stride)
-    if activation is not None:
-        y = {"silu": jax.nn.silu, "relu": jax.nn.relu}[activation](y)
-    if residual:
-        y = y + x
-    return y.astype(x.dtype)
+    if stride not in (1, 2) or (residual and stride != 1):
+        raise ValueError(f"stride {stride} is not 1, or 2 without a residual")
+    if activation not in xla.ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: None, 'silu' or 'relu'")
+    return xla.depthwise_conv(x, kernel, bias, stride, activation, residual)

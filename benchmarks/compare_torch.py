@@ -1,0 +1,127 @@
+"""VSSD here against the plain PyTorch reference of the tests, in one run.
+
+On a GPU: PyTorch in eager mode and under torch.compile, channels-last and with automatic mixed
+precision. On a CPU: eager mode (add `--torch compile` to compile).
+
+    python -m benchmarks.compare_torch --batch 8 --dtype float32             # CPU
+    python -m benchmarks.compare_torch --batch 128 --dtype bfloat16          # GPU
+"""
+
+import contextlib
+import statistics
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+
+from benchmarks import common
+from tests.torch_reference import vssd as reference
+from vssd_jax.models.vssd import VSSD, VSSDConfig
+
+
+def torch_calls(options, images, labels, device, compiled):
+    """Functions that run one inference and one training step of the PyTorch reference."""
+    inference = reference.create_model(f"vssd_{options.model}").to(device).eval()
+    training = reference.create_model(f"vssd_{options.model}").to(device)
+    x = torch.from_numpy(np.array(images.transpose(0, 3, 1, 2)))
+    x = x.to(device, memory_format=torch.channels_last)
+    y = torch.from_numpy(np.array(labels)).to(device).long()
+    optimizer = torch.optim.AdamW(
+        training.parameters(), lr=1e-4, weight_decay=0.05, fused=device == "cuda"
+    )
+    if compiled:
+        inference, training = torch.compile(inference), torch.compile(training)
+    dtype = getattr(torch, options.dtype)
+
+    def mixed():
+        return torch.autocast(device, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+    def wait():
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def infer():
+        with torch.no_grad(), mixed():
+            for _ in range(options.depth):
+                inference(x)
+        wait()
+
+    def train():
+        for _ in range(options.depth):
+            optimizer.zero_grad(set_to_none=True)
+            with mixed():
+                loss = torch.nn.functional.cross_entropy(training(x).float(), y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(training.parameters(), 5.0)
+            optimizer.step()
+        wait()
+
+    return {"inference": infer, "training": train}
+
+
+def jax_calls(options, images, labels):
+    """The same for this project."""
+    config = getattr(VSSDConfig, options.model)()
+
+    def model():
+        return VSSD(
+            config, dtype=options.dtype, rngs=nnx.Rngs(0), **(
+                {"implementation": options.implementation} if options.implementation else {}))
+
+    infer, weights = common.inference_step(model())
+    train, state = common.training_step(model())
+    images = images.astype(options.dtype)
+
+    def inference():
+        for _ in range(options.depth):
+            logits = infer(weights, images)
+        logits.block_until_ready()
+
+    key = jax.random.key(0)
+    step = common.pipelined(
+        lambda state: train(state, images, labels, key), state, depth=options.depth
+    )
+    return {"inference": inference, "training": step}
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument("--model", default="tiny", help="nano, micro, tiny, small or base")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--implementation", help="of our kernels; the default is the device's best")
+    parser.add_argument("--tasks", nargs="+", default=["inference", "training"])
+    parser.add_argument("--torch", nargs="+", choices=["eager", "compile"],
+                        help="modes of PyTorch (default: eager, on a GPU both)")
+    parser.add_argument("--depth", type=int, default=None,
+                        help="steps between two waits (default: 1, on a GPU 10)")
+    options = parser.parse_args()
+    gpu = jax.default_backend() == "gpu"
+    device = "cuda" if gpu else "cpu"
+    options.torch = options.torch or (["eager", "compile"] if gpu else ["eager"])
+    options.depth = options.depth or (10 if gpu else 1)
+
+    images, labels = common.batch(options.batch, options.image_size)
+    ours = jax_calls(options, images, labels)
+    theirs = {
+        f"torch {mode}": torch_calls(options, images, labels, device, mode == "compile")
+        for mode in options.torch
+    }
+    rows = []
+    for task in options.tasks:
+        calls = {"vssd_jax": ours[task]} | {name: calls[task] for name, calls in theirs.items()}
+        times = common.measure(calls, rounds=options.rounds, seconds=options.seconds)
+        for name, values in times.items():
+            rows.append({
+                "task": task,
+                "implementation": name,
+                "images/s": options.batch * options.depth / statistics.median(values),
+                "vssd_jax is faster by": common.median_ratio(values, times["vssd_jax"]),
+            })
+    common.report(options, rows, torch=torch.__version__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The choice of an implementation, and kernels under a sharded jit."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vssd_jax
+from vssd_jax.errors import UserError
+from vssd_jax.kernels import dispatch
+from vssd_jax.kernels.nc_ssd import nc_ssd, specs, xla
+
+SPEC = specs.Spec("small", 20, 2, 16, 16)
+
+
+def call(implementation, dtype=jnp.float32):
+    a = SPEC.arguments(2, dtype)
+    return nc_ssd(
+        a["xbc"], a["token_weights"], a["d"], inner=SPEC.inner, implementation=implementation
+    )
+
+
+def test_a_cpu_takes_xla_and_says_nothing(caplog):
+    if jax.default_backend() != "cpu":
+        pytest.skip("of a CPU")
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(call(None), call("xla"))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "triton"])
+def test_a_forced_kernel_that_cannot_run_is_an_error(implementation):
+    if jax.default_backend() != "cpu":
+        pytest.skip("of a CPU")
+    with pytest.raises(UserError, match=f"'{implementation}'.*needs an NVIDIA GPU.*'xla'"):
+        call(implementation)
+
+
+def test_unknown_names():
+    with pytest.raises(UserError, match="unknown implementation 'cuda'.*xla, pallas, triton"):
+        call("cuda")
+    with pytest.raises(UserError, match="unknown implementation 'cuda'"):
+        vssd_jax.models.vssd.VSSD(None, implementation="cuda", rngs=None)
+
+
+def test_a_gpu_falls_back_once_and_says_so(monkeypatch, caplog):
+    gpu = dispatch.Target("gpu", "some GPU")
+    monkeypatch.setattr(dispatch, "target", lambda: gpu)
+    monkeypatch.setattr(dispatch.Target, "lacks_triton", lambda self: None)
+    dispatch._say_once.cache_clear()
+    with jax.enable_x64(True), caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            call(None, jnp.float64)
+        with pytest.raises(UserError, match="float64"):
+            call("pallas", jnp.float64)
+    assert [record.getMessage().count("falls back to XLA") for record in caplog.records] == [1]
+
+
+def test_export():
+    a = SPEC.arguments(2)
+
+    def f(xbc, token_weights, d):
+        return nc_ssd(xbc, token_weights, d, inner=SPEC.inner)
+
+    arguments = [a[name] for name in ("xbc", "token_weights", "d")]
+    loaded = jax.export.deserialize(jax.export.export(jax.jit(f))(*arguments).serialize())
+    expected = xla.nc_ssd(*arguments, inner=SPEC.inner, groups=1)
+    np.testing.assert_allclose(loaded.call(*arguments), expected, rtol=1e-5, atol=1e-5)
+
+
+SHARDED = """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from vssd_jax.kernels.nc_ssd import api, pallas, specs
+
+spec = specs.Spec("small", 20, 2, 16, 16)
+a = spec.arguments(8)
+a = [a[n] for n in ("xbc", "token_weights", "d", "z", "scale", "bias")]
+mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+# The interpreter stands in for the GPU.
+kernel = type("kernel", (), {
+    "nc_ssd_gated": staticmethod(functools.partial(pallas.nc_ssd_gated, interpret=True))})
+api._implementation = lambda *args: kernel
+
+def gradients(*a):
+    f = lambda *a: jnp.square(api.nc_ssd_gated(*a, inner=spec.inner)).sum()
+    return jax.grad(f, argnums=range(6))(*a)
+
+expected = jax.jit(gradients)(*a)
+placed = [jax.device_put(v, NamedSharding(mesh, P("data") if v.ndim > 1 else P())) for v in a]
+with jax.set_mesh(mesh):
+    compiled = jax.jit(gradients).lower(*placed).compile()
+text = compiled.as_text()
+assert "all-gather" not in text and "all-to-all" not in text, "gathered"
+assert "all-reduce" in text, "the gradients of D and the norm are sums over all devices"
+for x, y in zip(compiled(*placed), expected):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * float(jnp.abs(y).max()))
+print("sharded", compiled.output_shardings[0].spec)
+"""
+
+
+def test_kernels_stay_sharded():
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, timeout=500
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("sharded PartitionSpec(('data',)") or "'data'" in run.stdout

@@ -1,0 +1,3 @@
+from vssd_jax.kernels.attention.api import attention
+
+__all__ = ["attention"]

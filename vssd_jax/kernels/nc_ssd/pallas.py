@@ -1,0 +1,407 @@
+"""NC-SSD as Pallas kernels for NVIDIA GPUs (Triton backend).
+
+Forward: partial states of chunks of tokens, `B^T (m * x)`; their sum; then `C state + D x`, on
+request with the LayerNorm over all heads and the gate in the same kernel. Backward: the partial
+gradients of the state, `C^T dy`, by the first kernel again; their sum; then all other gradients
+in one kernel. Programs share nothing but their inputs, so that results repeat bit for bit.
+
+Every array is read and written where it lies, x|B|C packed as the convolution leaves them.
+Sizes inside a kernel are powers of two; masks cover what lies beyond L, N and P. (A block's tail
+is not masked by Pallas: hence whole arrays as blocks, and masked loads and stores.)
+
+Products of float32 inputs are computed in full float32, not TF32.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from vssd_jax.kernels.nc_ssd import xla
+
+f32 = jnp.float32
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The static sizes of a call: L, heads, groups, N, P."""
+
+    length: int
+    heads: int
+    groups: int
+    state: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, xbc, token_weights, inner, groups):
+        _, length, width = xbc.shape
+        heads = token_weights.shape[-1]
+        return cls(length, heads, groups, (width - inner) // (2 * groups), inner // heads)
+
+    @property
+    def inner(self):
+        return self.heads * self.head_dim
+
+    @property
+    def tokens(self):
+        """Tokens of one step of a kernel; matrix units want 16 at least."""
+        return 64 if max(self.padded_state, self.padded_head_dim) <= 64 else 32
+
+    @property
+    def chunk(self):
+        """Tokens of one partial state: enough programs for the GPU, few partial states."""
+        return self.tokens * pl.cdiv(pl.cdiv(self.length, self.tokens), self.chunks)
+
+    @property
+    def chunks(self):
+        return max(1, min(8, self.length // 384))
+
+    @property
+    def padded_state(self):
+        return _padded(self.state)
+
+    @property
+    def padded_head_dim(self):
+        return _padded(self.head_dim)
+
+    def tile(self, head):
+        """Columns of x in head `head`, with their mask."""
+        p = jnp.arange(self.padded_head_dim)
+        return head * self.head_dim + p, p < self.head_dim
+
+    def group_tile(self, head, *, second):
+        """Columns of B (or of C, the second) in the group of head `head`, with their mask."""
+        n = jnp.arange(self.padded_state)
+        start = self.inner + (self.groups * self.state if second else 0)
+        # Not `%`: the sign of Python's remainder is more than Triton's lowering can take.
+        group = jax.lax.rem(jnp.int32(head), jnp.int32(self.groups))
+        return start + group * self.state + n, n < self.state
+
+
+def _padded(size):
+    return max(16, pl.next_power_of_2(size))
+
+
+def supports(xbc, token_weights, *, inner, groups) -> str | None:
+    """Why these arguments are out of reach, or None."""
+    if xbc.dtype not in DTYPES:
+        return f"dtype {xbc.dtype} (it knows float32, bfloat16 and float16)"
+    sizes = Sizes.of(xbc, token_weights, inner, groups)
+    if sizes.padded_state * sizes.padded_head_dim > 128 * 128:
+        return f"a state of {sizes.state} x {sizes.head_dim} (at most 128 x 128)"
+    if xbc.size >= 2**31:
+        return f"{xbc.size} elements (below 2^31)"
+    return None
+
+
+# --- Inside the kernels -----------------------------------------------------------------------
+
+
+def _load(ref, *axes):
+    """The elements at the cross product of `axes`, (indices, mask) each; zero beyond the masks."""
+    index, mask = _grid(axes)
+    return plgpu.load(ref.at[index], mask=mask, other=0.0)
+
+
+def _store(ref, value, *axes):
+    index, mask = _grid(axes)
+    plgpu.store(ref.at[index], value.astype(ref.dtype), mask=mask)
+
+
+def _grid(axes):
+    # One index tuple of arrays: chained `.at`s break masked stores in interpret mode.
+    vectors = [axis for axis in axes if isinstance(axis, tuple)]
+    index, mask, place = [], None, 0
+    for axis in axes:
+        if not isinstance(axis, tuple):
+            index.append(axis)
+            continue
+        shape = [1] * len(vectors)
+        shape[place] = -1
+        place += 1
+        positions, valid = (part.reshape(shape) for part in axis)
+        index.append(positions)
+        mask = valid if mask is None else mask & valid
+    shape = tuple(axis[0].size for axis in vectors)
+    return tuple(index), jnp.broadcast_to(mask, shape)
+
+
+def _dot(a, b):
+    precision = jax.lax.Precision.HIGHEST if a.dtype == f32 else None
+    return jax.lax.dot(a, b, precision=precision, preferred_element_type=f32)
+
+
+def _tokens(sizes, block):
+    token = block * sizes.tokens + jnp.arange(sizes.tokens)
+    return token, token < sizes.length
+
+
+def _state_kernel(xbc_ref, w_ref, out_ref, *, sizes):
+    _partial_state(xbc_ref, xbc_ref, w_ref, out_ref, sizes, second=False)
+
+
+def _state_gradient_kernel(dy_ref, xbc_ref, out_ref, *, sizes):
+    _partial_state(dy_ref, xbc_ref, None, out_ref, sizes, second=True)
+
+
+def _partial_state(x_ref, bc_ref, w_ref, out_ref, sizes, *, second):
+    """B^T (w * x) over a chunk; or C^T x (`second`, without weights)."""
+    head, chunk, batch = (pl.program_id(axis) for axis in range(3))
+    columns, states = sizes.tile(head), sizes.group_tile(head, second=second)
+    steps = sizes.chunk // sizes.tokens
+
+    def body(i, acc):
+        rows = _tokens(sizes, chunk * steps + i)
+        x = _load(x_ref, batch, rows, columns)
+        b = _load(bc_ref, batch, rows, states)
+        if w_ref is not None:
+            x = (x.astype(f32) * _load(w_ref, batch, rows, head)[:, None]).astype(x.dtype)
+        return acc + _dot(b.T, x)
+
+    shape = (sizes.padded_state, sizes.padded_head_dim)
+    state = jax.lax.fori_loop(0, steps, body, jnp.zeros(shape, f32))
+    n, p = jnp.arange(shape[0]), jnp.arange(shape[1])
+    _store(
+        out_ref, state, batch, chunk, head, (n, n < sizes.state), (p, p < sizes.head_dim)
+    )
+
+
+def _state_tile(ref, sizes, batch, head):
+    n, p = jnp.arange(sizes.padded_state), jnp.arange(sizes.padded_head_dim)
+    return _load(ref, batch, head, (n, n < sizes.state), (p, p < sizes.head_dim))
+
+
+def _head_output(xbc_ref, d_ref, state_ref, sizes, batch, rows, head):
+    x = _load(xbc_ref, batch, rows, sizes.tile(head))
+    c = _load(xbc_ref, batch, rows, sizes.group_tile(head, second=True))
+    state = _state_tile(state_ref, sizes, batch, head)
+    return _dot(c, state) + d_ref[head].astype(f32) * x.astype(f32)
+
+
+def _output_kernel(xbc_ref, d_ref, state_ref, y_ref, *, sizes):
+    head, block, batch = (pl.program_id(axis) for axis in range(3))
+    rows = _tokens(sizes, block)
+    y = _head_output(xbc_ref, d_ref, state_ref, sizes, batch, rows, head)
+    _store(y_ref, y, batch, rows, sizes.tile(head))
+
+
+def _gated_output_kernel(
+    xbc_ref, d_ref, state_ref, z_ref, scale_ref, bias_ref, out_ref, *, sizes, epsilon
+):
+    block, batch = pl.program_id(0), pl.program_id(1)
+    rows = _tokens(sizes, block)
+
+    def rounded(head):
+        y = _head_output(xbc_ref, d_ref, state_ref, sizes, batch, rows, head)
+        return y.astype(out_ref.dtype).astype(f32)
+
+    def moments(head, carry):
+        # Two passes within a head, and Chan's formula between heads: no cancellation.
+        mean, squares = carry
+        y, valid = rounded(head), sizes.tile(head)[1][None, :]
+        head_mean = jnp.sum(y, axis=1) / sizes.head_dim
+        centred = jnp.where(valid, y - head_mean[:, None], 0.0)
+        delta = head_mean - mean
+        share = 1.0 / (head + 1).astype(f32)
+        between = delta * delta * (sizes.head_dim * head.astype(f32) * share)
+        return mean + delta * share, squares + jnp.sum(centred * centred, axis=1) + between
+
+    zero = jnp.zeros((sizes.tokens,), f32)
+    mean, squares = jax.lax.fori_loop(0, sizes.heads, moments, (zero, zero))
+    inverse = jax.lax.rsqrt(squares / sizes.inner + epsilon)
+
+    def write(head, _):
+        columns = sizes.tile(head)
+        scale, bias = (_load(ref, columns).astype(f32) for ref in (scale_ref, bias_ref))
+        y = (rounded(head) - mean[:, None]) * inverse[:, None] * scale[None, :] + bias[None, :]
+        z = _load(z_ref, batch, rows, columns)
+        _store(out_ref, y.astype(z.dtype).astype(f32) * z.astype(f32), batch, rows, columns)
+
+    jax.lax.fori_loop(0, sizes.heads, write, None)
+
+
+def _gradient_kernel(
+    xbc_ref, w_ref, d_ref, state_ref, dstate_ref, dy_ref, dxbc_ref, dw_ref, dd_ref, *, sizes
+):
+    """All gradients but the state's for a block of tokens and the heads of one group."""
+    block, group, batch = (pl.program_id(axis) for axis in range(3))
+    rows = _tokens(sizes, block)
+    b_columns = sizes.group_tile(group, second=False)
+    c_columns = sizes.group_tile(group, second=True)
+    b = _load(xbc_ref, batch, rows, b_columns)
+
+    def body(i, carry):
+        db, dc = carry
+        head = i * sizes.groups + group
+        columns = sizes.tile(head)
+        x, dy = _load(xbc_ref, batch, rows, columns), _load(dy_ref, batch, rows, columns)
+        state = _state_tile(state_ref, sizes, batch, head)
+        dstate = _state_tile(dstate_ref, sizes, batch, head)
+        w, wide_x, wide_dy = _load(w_ref, batch, rows, head), x.astype(f32), dy.astype(f32)
+        dweighted = _dot(b, dstate)
+        dx = w[:, None] * dweighted + d_ref[head].astype(f32) * wide_dy
+        _store(dxbc_ref, dx, batch, rows, columns)
+        _store(dw_ref, jnp.sum(wide_x * dweighted, axis=1), batch, rows, head)
+        dd_ref[batch, block, head] = jnp.sum(jnp.sum(wide_x * wide_dy, axis=1), axis=0)
+        db = db + _dot((w[:, None] * wide_x).astype(x.dtype), dstate.T)
+        return db, dc + _dot(dy, state.T)
+
+    zero = jnp.zeros((sizes.tokens, sizes.padded_state), f32)
+    db, dc = jax.lax.fori_loop(0, sizes.heads // sizes.groups, body, (zero, zero))
+    _store(dxbc_ref, db, batch, rows, b_columns)
+    _store(dxbc_ref, dc, batch, rows, c_columns)
+
+
+# --- Calls ------------------------------------------------------------------------------------
+
+
+def _call(kernel, name, grid, out_shape, args, *, interpret, num_warps=4, num_stages=2):
+    # Blocks are the whole arrays. Always name Triton's parameters: without them some versions of
+    # JAX choose another backend.
+    params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=out_shape,
+        compiler_params=None if interpret else params,
+        interpret=interpret,
+        name=name,
+    )(*args)
+
+
+def _states(kernel, name, args, sizes, *, dtype, interpret):
+    """Sums over the tokens: (B, heads, N, P) in `dtype`, accumulated in float32."""
+    batch, chunks = args[0].shape[0], pl.cdiv(sizes.length, sizes.chunk)
+    shape = (batch, chunks, sizes.heads, sizes.state, sizes.head_dim)
+    # Heads on the first, fastest axis: they read the same B and C at the same time.
+    parts = _call(
+        functools.partial(kernel, sizes=sizes),
+        name,
+        (sizes.heads, chunks, batch),
+        jax.ShapeDtypeStruct(shape, f32),
+        args,
+        interpret=interpret,
+    )
+    return parts.sum(1).astype(dtype)
+
+
+def _state(xbc, token_weights, sizes, *, interpret):
+    args = (xbc, token_weights)
+    return _states(
+        _state_kernel, "nc_ssd_state", args, sizes, dtype=xbc.dtype, interpret=interpret
+    )
+
+
+def _output(xbc, d, state, sizes, *, interpret):
+    batch, blocks = xbc.shape[0], pl.cdiv(sizes.length, sizes.tokens)
+    return _call(
+        functools.partial(_output_kernel, sizes=sizes),
+        "nc_ssd_output",
+        (sizes.heads, blocks, batch),
+        jax.ShapeDtypeStruct((batch, sizes.length, sizes.inner), xbc.dtype),
+        (xbc, d, state),
+        interpret=interpret,
+    )
+
+
+def _gradients(xbc, token_weights, d, state, dy, sizes, *, interpret):
+    dstate = _states(
+        _state_gradient_kernel,
+        "nc_ssd_state_gradient",
+        (dy, xbc),
+        sizes,
+        dtype=xbc.dtype,
+        interpret=interpret,
+    )
+    batch, blocks = xbc.shape[0], pl.cdiv(sizes.length, sizes.tokens)
+    dxbc, dw, dd = _call(
+        functools.partial(_gradient_kernel, sizes=sizes),
+        "nc_ssd_gradient",
+        (blocks, sizes.groups, batch),
+        (
+            jax.ShapeDtypeStruct(xbc.shape, xbc.dtype),
+            jax.ShapeDtypeStruct(token_weights.shape, f32),
+            jax.ShapeDtypeStruct((batch, blocks, sizes.heads), f32),
+        ),
+        (xbc, token_weights, d, state, dstate, dy),
+        interpret=interpret,
+        num_warps=8,  # four would spill registers
+    )
+    return dxbc, dw.astype(token_weights.dtype), dd.sum((0, 1)).astype(d.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _nc_ssd(xbc, token_weights, d, inner, groups, interpret):
+    return _nc_ssd_forward(xbc, token_weights, d, inner, groups, interpret)[0]
+
+
+def _nc_ssd_forward(xbc, token_weights, d, inner, groups, interpret):
+    sizes = Sizes.of(xbc, token_weights, inner, groups)
+    state = _state(xbc, token_weights, sizes, interpret=interpret)
+    y = _output(xbc, d, state, sizes, interpret=interpret)
+    return y, (xbc, token_weights, d, state)
+
+
+def _nc_ssd_backward(inner, groups, interpret, saved, dy):
+    xbc, token_weights, d, state = saved
+    sizes = Sizes.of(xbc, token_weights, inner, groups)
+    return _gradients(xbc, token_weights, d, state, dy, sizes, interpret=interpret)
+
+
+_nc_ssd.defvjp(_nc_ssd_forward, _nc_ssd_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _nc_ssd_gated(
+    xbc, token_weights, d, z, scale, bias, inner, groups, epsilon, interpret
+):
+    args = (xbc, token_weights, d, z, scale, bias)
+    return _gated_forward(*args, inner, groups, epsilon, interpret)[0]
+
+
+def _gated_forward(
+    xbc, token_weights, d, z, scale, bias, inner, groups, epsilon, interpret
+):
+    sizes = Sizes.of(xbc, token_weights, inner, groups)
+    state = _state(xbc, token_weights, sizes, interpret=interpret)
+    out = _call(
+        functools.partial(_gated_output_kernel, sizes=sizes, epsilon=epsilon),
+        "nc_ssd_gated_output",
+        (pl.cdiv(sizes.length, sizes.tokens), xbc.shape[0]),
+        jax.ShapeDtypeStruct(z.shape, z.dtype),
+        (xbc, d, state, z, scale, bias),
+        interpret=interpret,
+    )
+    return out, (xbc, token_weights, d, z, scale, bias, state)
+
+
+def _gated_backward(inner, groups, epsilon, interpret, saved, dout):
+    xbc, token_weights, d, z, scale, bias, state = saved
+    sizes = Sizes.of(xbc, token_weights, inner, groups)
+    # y again from the state: one kernel, and no array of y kept from the forward pass.
+    y = _output(xbc, d, state, sizes, interpret=interpret)
+    _, norm_vjp = jax.vjp(functools.partial(xla.gated_norm, epsilon=epsilon), y, z, scale, bias)
+    dy, dz, dscale, dbias = norm_vjp(dout)
+    grads = _gradients(xbc, token_weights, d, state, dy, sizes, interpret=interpret)
+    return *grads, dz, dscale, dbias
+
+
+_nc_ssd_gated.defvjp(_gated_forward, _gated_backward)
+
+
+def nc_ssd(xbc, token_weights, d, *, inner, groups, interpret=False):
+    """See `vssd_jax.kernels.nc_ssd.api.nc_ssd`. `interpret` runs the kernels on a CPU."""
+    return _nc_ssd(xbc, token_weights, d, inner, groups, interpret)
+
+
+def nc_ssd_gated(
+    xbc, token_weights, d, z, scale, bias, *, inner, groups, epsilon, interpret=False
+):
+    """See `vssd_jax.kernels.nc_ssd.api.nc_ssd_gated`. `interpret` runs the kernels on a CPU."""
+    return _nc_ssd_gated(
+        xbc, token_weights, d, z, scale, bias, inner, groups, epsilon, interpret
+    )
