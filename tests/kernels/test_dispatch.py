@@ -42,7 +42,7 @@ def test_a_forced_kernel_that_cannot_run_is_an_error(implementation):
 
 
 def test_unknown_names():
-    with pytest.raises(UserError, match="unknown implementation 'cuda'.*xla, pallas, triton"):
+    with pytest.raises(UserError, match=r"unknown implementation 'cuda'.*xla, pallas, triton"):
         call("cuda")
     with pytest.raises(UserError, match="unknown implementation 'cuda'"):
         vssd_jax.models.vssd.VSSD(None, implementation="cuda", rngs=None)

@@ -147,7 +147,7 @@ flags.FLAGS(["test"])
 from tests.training.test_loop import small_config
 from vssd_jax.training.loop import train
 config = small_config(sys.argv[1])
-config.update(steps=20, eval_batch_size=120, dtype="float64")
+config.update(steps=20, eval_batch_size=120, dtype="float64", mesa=0.0)
 train(config, sys.argv[2])
 """
 

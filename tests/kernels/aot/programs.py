@@ -43,7 +43,7 @@ FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after
 
 
 def compile_for(arch, f, avals):
-    """`f` compiled for `arch`, inside `tracing_for(arch)`; `avals` is a list of pytrees of jax.ShapeDtypeStruct."""
+    """`f` compiled for `arch`, inside `tracing_for(arch)`; `avals`: pytrees of ShapeDtypeStruct."""
     topology = topologies.get_topology_desc(
         platform="cuda",
         target_config=(HERE / f"{arch}.txtpb").read_text(),
