@@ -94,7 +94,7 @@ def test_remat_changes_no_gradient(x64):
     x = jnp.asarray(np.repeat(images, 6, axis=-1)[..., :16])
 
     def gradient(remat):
-        options = {"precision": Precision(jnp.float64), "rngs": nnx.Rngs(0)}
+        options = {"precision": Precision(jnp.float64), "implementation": None, "rngs": nnx.Rngs(0)}
         stage = Stage(VSSDConfig.nano(), 3, [0.1, 0.2], remat=remat, **options)
         graph, params, rest = nnx.split(stage, nnx.Param, ...)
 
