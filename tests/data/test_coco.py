@@ -126,7 +126,7 @@ def test_missing_files_and_images_are_named(tmp_path):
         "image 3: the file 3.png is missing",
         "image 77, annotation 50: the image is not in the list of images",
     ]
-    with pytest.raises(UserError, match="3.png is missing"):
+    with pytest.raises(UserError, match=r"3\.png is missing"):
         CocoSource(*paths, bad_annotations="refuse")
 
 

@@ -255,16 +255,16 @@ def _decode_counts(text) -> list[int]:
 
 def rasterise(segmentation, size: tuple[int, int]) -> np.ndarray:
     """Polygons or RLE as an (H, W) uint8 mask of 0 and 1."""
-    from pycocotools import mask
-
     height, width = size
     if isinstance(segmentation, list):
-        code = mask.merge(mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        code = mask.frPyObjects(segmentation, height, width)
-    else:
-        code = segmentation
-    return mask.decode(code)
+        from pycocotools import mask
+
+        segmentation = mask.merge(mask.frPyObjects(segmentation, height, width))
+    runs = segmentation["counts"]
+    if not isinstance(runs, list):
+        runs = _decode_counts(runs)
+    # Runs of 0 and 1 in turn, down the columns. (pycocotools' own decoder warns under NumPy 2.)
+    return np.repeat((np.arange(len(runs)) % 2).astype(np.uint8), runs).reshape(width, height).T
 
 
 # --- Transforms -------------------------------------------------------------------------------

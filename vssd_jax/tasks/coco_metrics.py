@@ -9,7 +9,7 @@ import tempfile
 
 import numpy as np
 
-from vssd_jax.data.coco import CocoSource, read_annotations
+from vssd_jax.data.coco import CocoSource, rasterise, read_annotations
 from vssd_jax.data.decode import decode
 from vssd_jax.models.detection.masks import paste_masks
 
@@ -146,7 +146,6 @@ def draw(image: np.ndarray, results, names: dict[int, str]) -> np.ndarray:
     import colorsys
 
     from PIL import Image, ImageDraw
-    from pycocotools import mask as coco_mask
 
     image = np.array(image)
     # The best on top.
@@ -156,7 +155,7 @@ def draw(image: np.ndarray, results, names: dict[int, str]) -> np.ndarray:
         for r in results
     ]
     for result, colour in zip(results, colours, strict=True):
-        inside = coco_mask.decode(result["segmentation"]) > 0
+        inside = rasterise(result["segmentation"], image.shape[:2]) > 0
         image[inside] = (image[inside] + np.array(colour)) // 2
     picture = Image.fromarray(image)
     pen = ImageDraw.Draw(picture)
