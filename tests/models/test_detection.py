@@ -13,7 +13,7 @@ from vssd_jax.models.detection.anchors import anchors_on_image, grid_anchors
 from vssd_jax.models.detection.assigner import IGNORED, NEGATIVE, assign
 from vssd_jax.models.detection.masks import mask_targets, paste_masks
 from vssd_jax.models.detection.nms import nms
-from vssd_jax.models.detection.roi_align import region_levels, roi_align
+from vssd_jax.models.detection.roi_align import pyramid_roi_align, region_levels, roi_align
 from vssd_jax.models.detection.sampler import sample
 
 CASES = 200
@@ -72,7 +72,7 @@ def test_nms_follows_a_long_chain():
     # Each box overlaps the next only: every second one stays.
     start = np.arange(64, dtype=np.float32) * 6
     boxes = np.stack([start, 0 * start, start + 10, 0 * start + 10], axis=1)
-    kept = nms(boxes, jnp.arange(64, 0, -1.0), jnp.ones(64, bool), 0.2)
+    kept = jax.jit(nms, static_argnums=3)(boxes, jnp.arange(64, 0, -1.0), jnp.ones(64, bool), 0.2)
     np.testing.assert_array_equal(kept, np.arange(64) % 2 == 0)
 
 
@@ -117,18 +117,19 @@ def test_roi_align_equals_the_loop(bins):
         np.testing.assert_allclose(value, expected, atol=2e-5, err_msg=str(box))
 
 
-def test_roi_align_of_a_batch_in_chunks(monkeypatch):
+def test_pyramid_in_chunks_equals_each_level_alone(monkeypatch):
     rng = np.random.default_rng(0)
-    features = rng.standard_normal((2, 9, 8, 3)).astype(np.float32)
-    boxes = np.stack([random_boxes(rng, 11), random_boxes(rng, 11)])
-    use = rng.random((2, 11)) < 0.7
-    whole = roi_align(features, boxes, 3, 0.2, use)
-    monkeypatch.setattr("vssd_jax.models.detection.roi_align._CHUNK_BYTES", 2000)
-    np.testing.assert_allclose(roi_align(features, boxes, 3, 0.2, use), whole, atol=1e-6)
-    for i in range(2):
-        alone = roi_align(features[i : i + 1], boxes[i : i + 1], 3, 0.2)[0]
-        np.testing.assert_allclose(whole[i], np.where(use[i, :, None, None, None], alone, 0),
-                                   atol=1e-6)  # fmt: skip
+    shapes, strides = ((25, 38), (13, 19), (7, 10), (4, 5)), (4, 8, 16, 32)
+    maps = [rng.standard_normal((2, *shape, 3)).astype(np.float32) for shape in shapes]
+    boxes = np.stack([random_boxes(rng, 40, size=150), random_boxes(rng, 40, size=150)])
+    boxes[:, :4] = [[-9, 0, 900, 90], [0, 0, 150, 100], [20, 9, 140, 98], [-99, -99, 999, 999]]
+    level = np.asarray(region_levels(boxes, 4))
+    assert set(level.ravel()) == {0, 1, 2, 3}
+    monkeypatch.setattr("vssd_jax.models.detection.roi_align._CHUNK_BYTES", 20000)
+    result = jax.jit(pyramid_roi_align, static_argnums=(1, 3))(maps, strides, boxes, 3)
+    for i, (x, stride) in enumerate(zip(maps, strides, strict=True)):
+        alone = jax.jit(roi_align, static_argnums=(2, 3))(x, boxes, 3, 1 / stride)
+        np.testing.assert_allclose(result[level == i], alone[level == i], atol=1e-5)
 
 
 def test_roi_align_gradient_is_the_transposed_map():
@@ -153,15 +154,16 @@ def test_region_levels():
 
 def test_deltas_round_trip_and_clip():
     rng = np.random.default_rng(0)
-    a, b = (np.sort(rng.uniform(0, 50, (20, 2, 2)), axis=1).reshape(20, 4) for _ in range(2))
-    a, b = a.astype(np.float32), b.astype(np.float32)
+    corners = rng.uniform(0, 20, (2, 20, 2))
+    sizes = rng.uniform(5, 40, (2, 20, 2))
+    a, b = np.concatenate([corners, corners + sizes], axis=-1).astype(np.float32)
     stds = (0.1, 0.1, 0.2, 0.2)
     deltas = box_ops.encode(a, b, stds)
     np.testing.assert_allclose(box_ops.decode(a, deltas, stds=stds), b, atol=1e-4)
     clipped = box_ops.decode(a, deltas, jnp.array([20, 30]), stds)
     np.testing.assert_allclose(clipped, np.clip(b, 0, [30, 20, 30, 20]), atol=1e-4)
     # A width or height changes by no more than a factor of 1000 / 16.
-    wide = box_ops.decode(np.array([0, 0, 1, 1.0]), np.array([0, 0, 9, -9.0]))
+    wide = box_ops.decode(jnp.array([0, 0, 1, 1.0]), jnp.array([0, 0, 9, -9.0]))
     np.testing.assert_allclose(wide[2:] - wide[:2], [62.5, 0.016], rtol=1e-4)
 
 
@@ -190,9 +192,10 @@ def test_assignment():
     )  # fmt: skip
     usable = np.array([True] * 4 + [False])
     thresholds = {"positive_iou": 0.7, "negative_iou": 0.3, "min_positive_iou": 0.3}
-    result = assign(boxes, usable, objects, valid, **thresholds)
+    run = jax.jit(functools.partial(assign, **thresholds))
+    result = run(boxes, usable, objects, valid)
     np.testing.assert_array_equal(result, [1, IGNORED, NEGATIVE, 2, IGNORED])
-    nothing = assign(boxes, usable, objects, np.zeros(4, bool), **thresholds)
+    nothing = run(boxes, usable, objects, np.zeros(4, bool))
     np.testing.assert_array_equal(nothing, [NEGATIVE] * 4 + [IGNORED])
 
 
@@ -222,7 +225,7 @@ def test_mask_targets_and_pasting_are_inverse():
     masks[1] = (y - 20) ** 2 + (x - 24) ** 2 < 200
     packed = np.packbits(masks, axis=-1)
     boxes = np.array([[10, 5, 30, 25], [8, 4, 40, 36], [0, 0, 48, 40]], np.float32)
-    targets = np.asarray(mask_targets(packed, boxes, np.array([0, 1, 1])))
+    targets = np.asarray(jax.jit(mask_targets)(packed, boxes, np.array([0, 1, 1])))
     assert targets[0].all()
     pasted = paste_masks(targets.astype(np.float32), boxes, (40, 48))
     for found, mask in zip(pasted, masks[[0, 1, 1]], strict=True):

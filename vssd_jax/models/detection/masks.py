@@ -19,6 +19,7 @@ def mask_targets(masks, boxes, objects, size: int = 28):
     Returns:
       (R, size, size) bool: RoIAlign of the mask of at least a half.
     """
+    masks, boxes = jnp.asarray(masks), jnp.asarray(boxes)
     height, width = masks.shape[1], 8 * masks.shape[2]
     boxes = jnp.clip(boxes, 0, jnp.array([width, height, width, height], boxes.dtype))
     wy = bin_weights(boxes[:, 1] - 0.5, boxes[:, 3] - 0.5, size, height)
@@ -53,7 +54,7 @@ def paste_masks(
     for mask, probability, box in zip(result, probabilities, boxes, strict=True):
         box = box.astype(np.float32)
         x1, y1 = np.maximum(np.floor(box[:2]) - 1, 0).astype(int)
-        x2, y2 = np.minimum(np.ceil(box[2:]) + 1, (width, height)).astype(int)
+        x2, y2 = np.clip(np.ceil(box[2:]) + 1, 0, (width, height)).astype(int)
         rows = _interpolation(y1, y2, box[1], box[3], probability.shape[0])
         columns = _interpolation(x1, x2, box[0], box[2], probability.shape[1])
         mask[y1:y2, x1:x2] = rows @ probability.astype(np.float32) @ columns.T >= threshold
