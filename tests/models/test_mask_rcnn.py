@@ -23,24 +23,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPES = np.array([[128, 160], [120, 150]], np.int32)  # image 1 is padded
 ORIGINAL = ((128, 160), (240, 300))
 
-# Replaced by the converter's table once that knows the detector.
-_KINDS = {"deconv": {"weight": ("kernel", (2, 3, 0, 1)), "bias": ("bias", None)}}
-TABLE = (
-    *((f"backbone.{a}", f"backbone.{b}", kind) for a, b, kind in names.VSSD),
-    ("neck.lateral_convs.{}.conv", "neck.lateral.{}", "conv"),
-    ("neck.fpn_convs.{}.conv", "neck.output.{}", "conv"),
-    ("rpn_head.rpn_conv", "rpn_head.conv", "conv"),
-    ("rpn_head.rpn_cls", "rpn_head.cls", "conv"),
-    ("rpn_head.rpn_reg", "rpn_head.reg", "conv"),
-    ("roi_head.bbox_head.shared_fcs.0", "box_head.fc1", "linear"),
-    ("roi_head.bbox_head.shared_fcs.1", "box_head.fc2", "linear"),
-    ("roi_head.bbox_head.fc_cls", "box_head.cls", "linear"),
-    ("roi_head.bbox_head.fc_reg", "box_head.reg", "linear"),
-    ("roi_head.mask_head.convs.{}.conv", "mask_head.convs.{}", "conv"),
-    ("roi_head.mask_head.upsample", "mask_head.upsample", "deconv"),
-    ("roi_head.mask_head.conv_logits", "mask_head.logits", "conv"),
-)
-
 
 @pytest.fixture(scope="module")
 def golden():
@@ -50,14 +32,8 @@ def golden():
 @functools.cache
 def make_model(config):
     inventory = json.loads((GOLDEN / "inventory/mask_rcnn_nano.json").read_text())
-    kinds = names.KINDS
-    names.KINDS = kinds | _KINDS
-    params, _, unknown = names.from_torch(TABLE, synthetic_state_dict(inventory))
-    names.KINDS = kinds
+    params, *_, unknown = names.from_torch(names.MASK_RCNN, synthetic_state_dict(inventory))
     assert not unknown
-    kernel = params["box_head.fc1.kernel"]
-    kernel = kernel.reshape(config.fpn_channels, 7, 7, -1).transpose(1, 2, 0, 3)
-    params["box_head.fc1.kernel"] = kernel.reshape(-1, kernel.shape[-1])
     model = MaskRCNN(config, rngs=nnx.Rngs(0))
     set_state(model, params)
     model.eval()
@@ -220,6 +196,7 @@ def test_parameter_counts(variant):
     assert sum(x.size for x in shapes) == expected[variant]
 
 
+@pytest.mark.slow
 def test_training_loss_has_finite_gradients_also_without_objects(model, images, golden):
     batch = ground_truth(golden) | {"image": images}
     batch["valid"] = batch["valid"].at[1].set(False)
