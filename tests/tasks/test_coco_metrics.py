@@ -1,0 +1,120 @@
+import json
+import os
+
+import numpy as np
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from vssd_jax.data import coco, digits_detection
+from vssd_jax.models.mask_rcnn import Detections
+from vssd_jax.tasks import coco_metrics
+
+
+def dataset(folder):
+    digits_detection.prepare(folder, train=2, test=4)
+    return digits_detection.load(folder, "test", train=2, test=4)
+
+
+def perfect(source, batch, wrong=0):
+    """Detections that are the ground truth, the first `wrong` of each image with another class."""
+    count = 6
+    fields = {
+        "boxes": np.zeros((len(source), count, 4)),
+        "scores": np.linspace(0.9, 0.5, count)[None].repeat(len(source), 0),
+        "labels": np.zeros((len(source), count), np.int32),
+        "valid": np.zeros((len(source), count), bool),
+        "masks": np.full((len(source), count, 28, 28), -9.0),
+    }
+    for i in range(len(source)):
+        element = source[i]
+        # As if the network had seen the image at twice its size.
+        for k, (box, label, code) in enumerate(
+            zip(element["boxes"], element["labels"], element["segmentations"], strict=True)
+        ):
+            fields["boxes"][i, k] = 2 * box
+            fields["labels"][i, k] = (label + (k < wrong)) % 10
+            fields["valid"][i, k] = True
+            x1, y1, x2, y2 = box.astype(int)
+            mask = coco.rasterise(code, element["size"])[y1:y2, x1:x2]
+            small = Image.fromarray(mask * 255).resize((28, 28), Image.Resampling.BILINEAR)
+            fields["masks"][i, k] = np.asarray(small) / 12.75 - 10
+    batch["image_shape"] = 2 * batch["original_shape"]
+    return Detections(**fields)
+
+
+def whole_batch(source):
+    elements = [coco.eval_transform(source[i], short_side=128, long_side=160,
+                                    shapes=(digits_detection.SIZE,))
+                for i in range(len(source))]  # fmt: skip
+    return {name: np.stack([e[name] for e in elements]) for name in elements[0]}
+
+
+def test_perfect_detections_score_one_in_original_coordinates(tmp_path):
+    source = dataset(tmp_path)
+    batch = whole_batch(source)
+    results = coco_metrics.to_results(perfect(source, batch), batch, source.category_ids)
+    assert {r["category_id"] for r in results} <= set(range(1, 11))
+    scores = coco_metrics.evaluate(source, results)
+    assert set(scores["box"]) == set(coco_metrics.NUMBERS)
+    assert scores["box"]["map"] > 0.999
+    assert scores["mask"]["ap50"] > 0.999
+    assert scores["mask"]["map"] > 0.7
+    table = coco_metrics.format_table(scores)
+    assert len(table.splitlines()) == 13
+    batch["valid"] = np.array([True, False, False, False])
+    fewer = coco_metrics.to_results(perfect(source, batch), batch, source.category_ids)
+    assert {r["image_id"] for r in fewer} == {0}
+
+
+def test_nothing_found_scores_zero(tmp_path):
+    scores = coco_metrics.evaluate(dataset(tmp_path), [])
+    assert scores["box"]["map"] == scores["mask"]["map"] == 0
+
+
+def test_saved_predictions_give_the_same_numbers_to_pycocotools(tmp_path, capsys):
+    source = dataset(tmp_path)
+    batch = whole_batch(source)
+    results = coco_metrics.to_results(perfect(source, batch, wrong=1), batch, source.category_ids)
+    scores = coco_metrics.evaluate(source, results)
+    assert 0.1 < scores["box"]["map"] < 0.95
+    folder = tmp_path / "predictions"
+    coco_metrics.save_predictions(folder, source, results)
+    assert sorted(os.listdir(folder)) == sorted(["results.json"] + [f"{i}.png" for i in range(4)])
+    truth = COCO(str(source.annotations))
+    predictions = truth.loadRes(str(folder / "results.json"))
+    for kind, name in (("box", "bbox"), ("mask", "segm")):
+        evaluation = COCOeval(truth, predictions, name)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        np.testing.assert_allclose(evaluation.stats, list(scores[kind].values()))
+    picture = np.asarray(Image.open(folder / "0.png"))
+    original = np.asarray(Image.open(source.folder / "000000.png"))
+    assert picture.shape == original.shape
+    assert (picture != original).any(-1).mean() > 0.02
+
+
+def test_the_dataset_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", fail)
+        try:
+            digits_detection.prepare(tmp_path, train=1, test=1)
+        except KeyboardInterrupt:
+            assert not list(tmp_path.iterdir())
+        else:
+            raise AssertionError
+    folder = digits_detection.prepare(tmp_path, train=1, test=1)
+    assert list(tmp_path.iterdir()) == [folder]
+    before = (folder / "train/000000.png").stat().st_mtime_ns
+    assert digits_detection.prepare(tmp_path, train=1, test=1) == folder
+    assert (folder / "train/000000.png").stat().st_mtime_ns == before
+    source = digits_detection.load(tmp_path, "train", train=1, test=1)
+    assert not source.problems
+    element = source[0]
+    for box, code in zip(element["boxes"], element["segmentations"], strict=True):
+        ys, xs = np.nonzero(coco.rasterise(code, element["size"]))
+        np.testing.assert_array_equal(box, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])

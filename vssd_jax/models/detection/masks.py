@@ -1,0 +1,73 @@
+"""Masks: the targets of the mask head, and its predictions in the whole image."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vssd_jax.models.detection.roi_align import bin_weights
+
+
+def mask_targets(masks, boxes, objects, size: int = 28):
+    """Masks of objects, cut to boxes and resized.
+
+    Args:
+      masks: (M, H, W / 8) uint8, a bit a pixel along the width (`numpy.packbits`).
+      boxes: (R, 4) in pixels.
+      objects: (R,) the mask of each box.
+      size: of the result.
+
+    Returns:
+      (R, size, size) bool: RoIAlign of the mask of at least a half.
+    """
+    masks, boxes = jnp.asarray(masks), jnp.asarray(boxes)
+    height, width = masks.shape[1], 8 * masks.shape[2]
+    boxes = jnp.clip(boxes, 0, jnp.array([width, height, width, height], boxes.dtype))
+    wy = bin_weights(boxes[:, 1] - 0.5, boxes[:, 3] - 0.5, size, height)
+    wx = bin_weights(boxes[:, 0] - 0.5, boxes[:, 2] - 0.5, size, width)
+
+    def target(args):
+        y, x, index = args
+        mask = jnp.unpackbits(masks[index], axis=-1).astype(y.dtype)
+        rows = jnp.matmul(y, mask, precision="highest")
+        return jnp.matmul(rows, x.T, precision="highest") >= 0.5
+
+    return jax.lax.map(target, (wy, wx, objects), batch_size=8)
+
+
+def paste_masks(
+    probabilities: np.ndarray, boxes: np.ndarray, image_shape, threshold: float = 0.5
+) -> np.ndarray:
+    """Masks in the whole image.
+
+    Args:
+      probabilities: (N, 28, 28) of the box's class, 0 to 1.
+      boxes: (N, 4) in pixels of the image.
+      image_shape: (H, W).
+      threshold: the least probability of a pixel of the mask.
+
+    Returns:
+      (N, H, W) bool. Between the centres of the 28x28 cells the probability is bilinear; outside
+      it falls to 0 within half a cell.
+    """
+    height, width = image_shape
+    result = np.zeros((len(boxes), height, width), bool)
+    for mask, probability, box in zip(result, probabilities, boxes, strict=True):
+        box = box.astype(np.float32)
+        x1, y1 = np.maximum(np.floor(box[:2]) - 1, 0).astype(int)
+        x2, y2 = np.clip(np.ceil(box[2:]) + 1, 0, (width, height)).astype(int)
+        rows = _interpolation(y1, y2, box[1], box[3], probability.shape[0])
+        columns = _interpolation(x1, x2, box[0], box[2], probability.shape[1])
+        mask[y1:y2, x1:x2] = rows @ probability.astype(np.float32) @ columns.T >= threshold
+    return result
+
+
+def _interpolation(first, last, start, end, cells):
+    """Weights (last - first, cells) of a mask's cells for pixels of a box from start to end."""
+    pixels = np.arange(first, last, dtype=np.float32) + np.float32(0.5)
+    size = end - start
+    if size > 0:
+        position = (pixels - start) / size * cells - np.float32(0.5)
+    else:  # an empty box: all pixels take the middle of the mask
+        position = np.full_like(pixels, (cells - 1) / 2)
+    near = 1 - np.abs(position[:, None] - np.arange(cells, dtype=np.float32))
+    return np.maximum(near, 0)

@@ -1,0 +1,44 @@
+"""Non-maximum suppression."""
+
+import jax
+import jax.numpy as jnp
+
+from vssd_jax.models.detection.boxes import areas, intersections
+
+
+def nms(boxes, scores, usable, threshold: float):
+    """Greedy non-maximum suppression, exactly, without a loop over the boxes.
+
+    In the order of the scores (equal ones: of the indices), a box is kept if no kept box before
+    it overlaps it by more than `threshold`. All boxes are judged at once, again and again until
+    nothing changes: after k rounds every box with less than k boxes in the longest chain of
+    overlaps that leads to it has its final answer.
+
+    Args:
+      boxes: (N, 4).
+      scores: (N,).
+      usable: (N,) bool; other boxes are neither kept nor do they suppress any.
+      threshold: intersection over union.
+
+    Returns:
+      (N,) bool, which boxes are kept.
+    """
+    area = areas(boxes)
+    shared = intersections(boxes, boxes)
+    # 0 / 0, two empty boxes, is not greater than any threshold.
+    overlap = shared / (area[:, None] + area[None] - shared) > threshold
+    rank = jnp.arange(len(scores))
+    before = (scores[:, None] > scores[None]) | (
+        (scores[:, None] == scores[None]) & (rank[:, None] < rank[None])
+    )
+    suppresses = overlap & before & usable[:, None]
+
+    def judge(kept):
+        return usable & ~(suppresses & kept[:, None]).any(0)
+
+    def changed(state):
+        return (state[0] != state[1]).any()
+
+    # The carried pair: the last two judgements.
+    start = (usable, judge(usable))
+    return jax.lax.while_loop(changed, lambda state: (state[1], judge(state[1])), start)[1]

@@ -1,0 +1,149 @@
+"""RoIAlign, exactly as mmcv's (half-pixel aligned, as many samples as a region needs).
+
+The value of a bin is the mean of bilinear samples on a regular grid. Its weights are therefore a
+product of one row of weights for the height and one for the width, and the features of a region
+are `Wy @ map @ Wx^T`: two matrix products, any number of samples, fixed shapes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Regions whose intermediate result (bins, W, C) is in memory at a time, in bytes.
+_CHUNK_BYTES = 1 << 27
+
+
+def bin_weights(start, end, bins: int, length, *, origin=0, total: int | None = None):
+    """Weights of the cells of one axis in the mean of each bin.
+
+    Args:
+      start, end: (R,) in cells; a cell's centre has an integer coordinate.
+      bins: number of bins in the region.
+      length: number of cells, of all or of each (R,).
+      origin: where these cells begin in a longer axis, of all or of each (R,).
+      total: length of that axis.
+
+    Returns:
+      (R, bins, total). A region of no or negative size has weights 0. Samples more than a cell
+      outside count as 0, others outside take the value of the edge.
+    """
+    start, end = jax.lax.stop_gradient((start, end))
+    size = (end - start) / bins
+    # ceil(size), from exact products: XLA may divide by way of an inexact reciprocal, and 21 cells
+    # in 7 bins would take 4 samples.
+    samples = jnp.ceil(size)
+    samples = jnp.where(samples * bins < end - start, samples + 1, samples)
+    samples = jnp.where((samples - 1) * bins >= end - start, samples - 1, samples)
+    samples = jnp.maximum(samples, 0)
+    first = start[:, None] + jnp.arange(bins, dtype=start.dtype) * size[:, None]
+    cells = jnp.arange(length if total is None else total, dtype=start.dtype)
+    length, origin = (
+        jnp.broadcast_to(jnp.asarray(x, start.dtype), start.shape)[:, None]
+        for x in (length, origin)
+    )
+
+    def add(i, weights):
+        offset = (i + 0.5) * size / jnp.maximum(samples, 1)
+        position = first + offset[:, None]
+        counts = (position >= -1) & (position <= length) & (i < samples)[:, None]
+        position = origin + jnp.clip(position, 0, length - 1)
+        # Bilinear: the two neighbours of the position, by their nearness.
+        near = jnp.maximum(1 - jnp.abs(position[..., None] - cells), 0)
+        return weights + jnp.where(counts[..., None], near, 0)
+
+    most = jnp.max(samples, initial=0).astype(jnp.int32)
+    weights = jnp.zeros((len(start), bins, len(cells)), start.dtype)
+    weights = jax.lax.fori_loop(0, most, add, weights)
+    return weights / jnp.maximum(samples, 1)[:, None, None]
+
+
+def roi_align(features, boxes, bins: int, scale: float = 1.0):
+    """Features of regions of one or more images.
+
+    Args:
+      features: (B, H, W, C).
+      boxes: (B, R, 4) in pixels.
+      bins: of each axis.
+      scale: cells per pixel.
+
+    Returns:
+      (B, R, bins, bins, C) in the dtype of the features.
+    """
+    corners = boxes.reshape(-1, 4) * scale - 0.5
+    wy = bin_weights(corners[:, 1], corners[:, 3], bins, features.shape[1])
+    wx = bin_weights(corners[:, 0], corners[:, 2], bins, features.shape[2])
+    return _weigh(features, wy, wx)
+
+
+def _weigh(features, wy, wx):
+    """The regions with weights wy (B * R, bins, H) and wx (B * R, bins, W)."""
+    batch, _, width, channels = features.shape
+    bins = wy.shape[1]
+    # The regions are on the first axis, which a scan takes one chunk at a time; the images are
+    # vectorised, so that they stay where they are when the batch is sharded.
+    wy, wx = (
+        jnp.moveaxis(w.astype(features.dtype).reshape(batch, -1, bins, w.shape[-1]), 1, 0)
+        for w in (wy, wx)
+    )
+
+    def align(weights):
+        y, x = weights
+        rows = jnp.einsum("bph,bhwc->bpwc", y, features, precision="highest")
+        return jnp.einsum("bqw,bpwc->bpqc", x, rows, precision="highest")
+
+    one = batch * bins * width * channels * np.dtype(features.dtype).itemsize
+    chunk = max(1, min(len(wy), _CHUNK_BYTES // one))
+    return jnp.moveaxis(jax.lax.map(align, (wy, wx), batch_size=chunk), 0, 1)
+
+
+def region_levels(boxes, levels: int, finest: float = 56.0):
+    """The level of the pyramid that serves a box (FPN, equation 1): (..., 4) -> (...) int32.
+
+    Boxes of a side of `finest` to twice that, and smaller ones, go to level 0.
+    """
+    size = boxes[..., 2:] - boxes[..., :2]
+    side = jnp.sqrt(jnp.maximum(size[..., 0] * size[..., 1], 0))
+    level = jnp.floor(jnp.log2(side / finest + 1e-6))
+    return jnp.clip(level, 0, levels - 1).astype(jnp.int32)
+
+
+def pyramid_roi_align(maps, strides, boxes, bins: int):
+    """RoIAlign of each region on the level that fits its size.
+
+    The maps are laid out on one, the finest above, the others side by side below it: so it takes
+    one pair of products for all.
+
+    Args:
+      maps: (B, H/s, W/s, C) for each stride s, from fine to coarse.
+      strides: of the maps.
+      boxes: (B, R, 4) in pixels of the image.
+      bins: of each axis.
+
+    Returns:
+      (B, R, bins, bins, C).
+    """
+    boxes = jax.lax.stop_gradient(boxes).reshape(-1, 4)
+    sizes = np.array([x.shape[1:3] for x in maps])
+    width = int(max(sizes[0, 1], sizes[1:, 1].sum()))
+    below = int(sizes[1:, 0].max(initial=0))
+    row = jnp.concatenate([_pad(x, below, x.shape[2]) for x in maps[1:]], axis=2)
+    canvas = jnp.concatenate([_pad(x, x.shape[1], width) for x in (maps[0], row)], axis=1)
+    x_origins = np.concatenate([[0], np.cumsum(sizes[1:, 1]) - sizes[1:, 1]])
+    y_origins = np.where(np.arange(len(maps)) == 0, 0, sizes[0, 0])
+
+    level = region_levels(boxes, len(maps))
+    corners = boxes * (1 / jnp.asarray(strides, boxes.dtype))[level][:, None] - 0.5
+    of_level = [jnp.asarray(x)[level] for x in (sizes, x_origins, y_origins)]
+    wy = bin_weights(
+        corners[:, 1], corners[:, 3], bins, of_level[0][:, 0],
+        origin=of_level[2], total=canvas.shape[1],
+    )  # fmt: skip
+    wx = bin_weights(
+        corners[:, 0], corners[:, 2], bins, of_level[0][:, 1],
+        origin=of_level[1], total=width,
+    )  # fmt: skip
+    return _weigh(canvas, wy, wx)
+
+
+def _pad(x, height, width):
+    return jnp.pad(x, [(0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)])

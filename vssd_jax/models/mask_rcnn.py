@@ -1,0 +1,393 @@
+"""Mask R-CNN with a feature pyramid on VSSD (He et al., arXiv 1703.06870; the VSSD paper, 4.2).
+
+Everything has a fixed shape: a batch is padded to one size, objects and proposals to a fixed
+number, and masks tell what is real. Semantics are those of mmdet 3.3, with which the released
+checkpoints were trained. Boxes are x1 y1 x2 y2 in pixels of the padded image.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vssd_jax.models.detection import anchors as anchor_grid
+from vssd_jax.models.detection import boxes as box_ops
+from vssd_jax.models.detection.assigner import IGNORED, NEGATIVE, assign
+from vssd_jax.models.detection.heads import FPN, BoxHead, MaskHead, RPNHead
+from vssd_jax.models.detection.masks import mask_targets
+from vssd_jax.models.detection.nms import nms
+from vssd_jax.models.detection.roi_align import pyramid_roi_align
+from vssd_jax.models.detection.sampler import sample
+from vssd_jax.models.vssd import VSSD, Precision, VSSDConfig
+
+STRIDES = (4, 8, 16, 32, 64)
+BOX_BINS, MASK_BINS = 7, 14
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskRCNNConfig:
+    """A detector; the defaults are the paper's.
+
+    Attributes:
+      backbone: the VSSD.
+      num_classes: default number of classes, without the background.
+      fpn_channels: channels of the pyramid and of the RPN and mask heads.
+      box_channels: width of the box head.
+      anchor_scale, anchor_ratios: side of the anchors in cells, and height over width.
+      rpn_pre_nms, rpn_pre_nms_train: proposals per level before suppression.
+      rpn_proposals: proposals per image after it.
+      rpn_nms_iou: overlap at which it suppresses.
+      rpn_samples, rpn_positive_fraction: anchors per image in the RPN's losses.
+      roi_samples, roi_positive_fraction: proposals per image in the heads' losses.
+      roi_add_objects: whether the ground truth is among these proposals.
+      score_threshold, nms_iou, max_detections: of the final detections.
+    """
+
+    backbone: VSSDConfig = dataclasses.field(default_factory=VSSDConfig.tiny)
+    num_classes: int = 80
+    fpn_channels: int = 256
+    box_channels: int = 1024
+    anchor_scale: float = 8.0
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rpn_pre_nms: int = 1000
+    rpn_pre_nms_train: int = 2000
+    rpn_proposals: int = 1000
+    rpn_nms_iou: float = 0.7
+    rpn_samples: int = 256
+    rpn_positive_fraction: float = 0.5
+    roi_samples: int = 512
+    roi_positive_fraction: float = 0.25
+    roi_add_objects: bool = True
+    score_threshold: float = 0.05
+    nms_iou: float = 0.5
+    max_detections: int = 100
+
+    def __post_init__(self):
+        object.__setattr__(self, "anchor_ratios", tuple(self.anchor_ratios))
+        if isinstance(self.backbone, dict):  # from JSON
+            object.__setattr__(self, "backbone", VSSDConfig(**self.backbone))
+
+    @classmethod
+    def nano(cls):
+        """A stand-in for tests and small pictures; not in the paper."""
+        return cls(
+            backbone=VSSDConfig.nano(), num_classes=10, fpn_channels=32, box_channels=64,
+            rpn_pre_nms=200, rpn_pre_nms_train=400, rpn_proposals=100, rpn_samples=64,
+            roi_samples=64, max_detections=20,
+        )  # fmt: skip
+
+    @classmethod
+    def micro(cls):
+        return cls(backbone=VSSDConfig.micro())
+
+    @classmethod
+    def tiny(cls):
+        return cls(backbone=VSSDConfig.tiny())
+
+    @classmethod
+    def small(cls):
+        return cls(backbone=VSSDConfig.small())
+
+
+class Proposals(NamedTuple):
+    """Regions per image, best first: boxes (B, P, 4), scores (B, P), valid (B, P) bool."""
+
+    boxes: jax.Array
+    scores: jax.Array
+    valid: jax.Array
+
+
+class Detections(NamedTuple):
+    """What `MaskRCNN.predict` found, best first; D is `max_detections`.
+
+    Attributes:
+      boxes: (B, D, 4) in pixels of the padded image.
+      scores: (B, D), 0 to 1.
+      labels: (B, D) int32 class indices.
+      valid: (B, D) bool, False for padding at the end.
+      masks: (B, D, 28, 28) logits of each box's class; see `detection.masks.paste_masks`.
+    """
+
+    boxes: jax.Array
+    scores: jax.Array
+    labels: jax.Array
+    valid: jax.Array
+    masks: jax.Array
+
+
+class MaskRCNN(nnx.Module):
+    """The detector.
+
+    Args:
+      config: the architecture.
+      num_classes: classes without the background; None takes the config's.
+      dtype: float32 or bfloat16 activations; boxes, scores and losses are float32.
+      remat: recompute the backbone's blocks in the backward pass.
+      rngs: with a `params` stream for the initialisation.
+    """
+
+    def __init__(
+        self,
+        config: MaskRCNNConfig,
+        *,
+        num_classes: int | None = None,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.precision = config, Precision(jnp.dtype(dtype))
+        self.num_classes = config.num_classes if num_classes is None else num_classes
+        options = {"precision": self.precision, "rngs": rngs}
+        widths = [config.backbone.embed_dim * 2**stage for stage in range(4)]
+        channels = config.fpn_channels
+        self.backbone = VSSD(config.backbone, num_classes=None, dtype=dtype, remat=remat, rngs=rngs)
+        self.neck = FPN(widths, channels, **options)
+        self.rpn_head = RPNHead(channels, len(config.anchor_ratios), **options)
+        self.box_head = BoxHead(
+            channels, config.box_channels, self.num_classes, BOX_BINS, **options
+        )
+        self.mask_head = MaskHead(channels, self.num_classes, **options)
+
+    # --- Inference ------------------------------------------------------------------------------
+
+    def feature_maps(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
+        """(B, H, W, 3) normalised images -> five maps (B, H/s, W/s, C), s = 4 8 16 32 64."""
+        return self.neck(self.backbone.feature_maps(images, rngs))
+
+    def __call__(self, images: jax.Array, image_shapes: jax.Array | None = None) -> Detections:
+        """The same as `predict`; without `image_shapes` there is no padding."""
+        if image_shapes is None:
+            image_shapes = jnp.tile(jnp.array(images.shape[1:3]), (len(images), 1))
+        return self.predict(images, image_shapes)
+
+    def predict(self, images: jax.Array, image_shapes: jax.Array) -> Detections:
+        """Detects objects.
+
+        Args:
+          images: (B, H, W, 3), normalised, then padded with zeros at the bottom and the right.
+          image_shapes: (B, 2) int32 height and width without the padding.
+        """
+        config = self.config
+        maps = self.feature_maps(images)
+        proposals = self.proposals(maps, image_shapes, config.rpn_pre_nms)
+        logits, deltas = self.box_head(self._roi_features(maps, proposals.boxes, BOX_BINS))
+
+        def detect(regions, valid, logits, deltas, shape):
+            classes = logits.shape[-1] - 1
+            scores = jax.nn.softmax(logits)[:, :-1]
+            boxes = box_ops.decode(regions[:, None], deltas, shape, _BOX_STDS)
+            usable = valid[:, None] & (scores > config.score_threshold)
+            keep = jax.vmap(nms, in_axes=(1, 1, 1, None), out_axes=1)(
+                boxes, scores, usable, config.nms_iou
+            )
+            best, index = _top(jnp.where(keep, scores, -1).reshape(-1), config.max_detections)
+            boxes = boxes.reshape(-1, 4)[index]
+            return boxes, jnp.maximum(best, 0), index % classes, best > 0
+
+        boxes, scores, labels, valid = jax.vmap(detect)(
+            proposals.boxes, proposals.valid, logits, deltas, image_shapes
+        )
+        masks = self.mask_head(self._roi_features(maps, boxes, MASK_BINS))
+        return Detections(boxes, scores, labels.astype(jnp.int32), valid, _pick(masks, labels))
+
+    def proposals(self, maps, image_shapes, pre_nms: int) -> Proposals:
+        """Regions that may hold an object.
+
+        Args:
+          maps: the five maps of the pyramid.
+          image_shapes: (B, 2).
+          pre_nms: regions per level before suppression.
+        """
+        return self._proposals([self.rpn_head(x) for x in maps], maps, image_shapes, pre_nms)
+
+    def _anchors(self, maps, image_shape):
+        """Per level: the anchors (A, 4), and (A,) which of them are not in the padding."""
+        config, result = self.config, []
+        for x, stride in zip(maps, STRIDES, strict=True):
+            size, ratios = x.shape[1:3], config.anchor_ratios
+            grid = anchor_grid.grid_anchors(size, stride, scale=config.anchor_scale, ratios=ratios)
+            inside = anchor_grid.anchors_on_image(size, stride, len(ratios), image_shape)
+            result.append((jnp.asarray(grid), inside))
+        return result
+
+    def _proposals(self, outputs, maps, image_shapes, pre_nms):
+        config = self.config
+
+        def propose(outputs, shape):
+            """Of one image."""
+            boxes, scores = [], []
+            for (logits, deltas), (grid, inside) in zip(
+                outputs, self._anchors(maps, shape), strict=True
+            ):
+                best, index = _top(jnp.where(inside, jax.nn.sigmoid(logits), -1), pre_nms)
+                box = box_ops.decode(grid[index], deltas[index], shape)
+                usable = (best >= 0) & (box[:, 2:] > box[:, :2]).all(-1)
+                keep = nms(box, best, usable, config.rpn_nms_iou)
+                boxes.append(box)
+                scores.append(jnp.where(keep, best, -1))
+            best, index = _top(jnp.concatenate(scores), config.rpn_proposals)
+            return Proposals(jnp.concatenate(boxes)[index], jnp.maximum(best, 0), best >= 0)
+
+        return jax.vmap(propose)(outputs, image_shapes)
+
+    def _roi_features(self, maps, boxes, bins):
+        return pyramid_roi_align(maps[:4], STRIDES[:4], boxes, bins)
+
+    # --- Training -------------------------------------------------------------------------------
+
+    def losses(self, batch: dict[str, jax.Array], rngs: nnx.Rngs) -> dict[str, jax.Array]:
+        """The five terms of the training loss, to be summed.
+
+        Args:
+          batch: M is the greatest number of objects of an image.
+            image: (B, H, W, 3), normalised, then padded with zeros.
+            image_shape: (B, 2) int32 height and width without the padding.
+            boxes: (B, M, 4) in pixels.
+            labels: (B, M) int32 class indices.
+            valid: (B, M) bool, False for padding.
+            masks: (B, M, H, W / 8) uint8, a bit a pixel along the width.
+          rngs: with the streams `sampling` and, if there is drop path, `dropout`.
+
+        Returns:
+          rpn_cls, rpn_box, roi_cls, roi_box and roi_mask, scalars. No gradient flows through the
+          proposals' boxes.
+        """
+        maps = self.feature_maps(batch["image"], rngs)
+        outputs = [self.rpn_head(x) for x in maps]
+        rpn_cls, rpn_box = self.rpn_losses(outputs, maps, batch, rngs.sampling())
+        proposals = self._proposals(
+            jax.lax.stop_gradient(outputs), maps, batch["image_shape"],
+            self.config.rpn_pre_nms_train,
+        )  # fmt: skip
+        return {
+            "rpn_cls": rpn_cls.sum(),
+            "rpn_box": rpn_box.sum(),
+            **self.roi_losses(maps, proposals, batch, rngs.sampling()),
+        }
+
+    def rpn_losses(self, outputs, maps, batch, key) -> tuple[jax.Array, jax.Array]:
+        """Cross-entropy and L1 loss of the anchors, summed per level, over the samples' number.
+
+        Args:
+          outputs: of the RPN head per level.
+          maps: the pyramid (for its sizes).
+          batch: as in `losses`.
+          key: of the choice of anchors.
+
+        Returns:
+          Two arrays (5,).
+        """
+        config = self.config
+        level = jnp.concatenate(
+            [jnp.full(logits.shape[1], i) for i, (logits, _) in enumerate(outputs)]
+        )
+        logits, deltas = (jnp.concatenate(parts, axis=1) for parts in zip(*outputs, strict=True))
+
+        def terms(logits, deltas, shape, objects, valid, key):
+            """Of one image: the terms per sample, their levels, and the divisor's share."""
+            levels = self._anchors(maps, shape)
+            grid, inside = (jnp.concatenate(parts) for parts in zip(*levels, strict=True))
+            assigned = assign(
+                grid, inside, objects, valid,
+                positive_iou=0.7, negative_iou=0.3, min_positive_iou=0.3,
+            )  # fmt: skip
+            index, used = sample(key, assigned, config.rpn_samples, config.rpn_positive_fraction)
+            positive = (assigned[index] >= 0) & used
+            cls = jnp.where(used, _binary_cross_entropy(logits[index], positive), 0)
+            box = _box_loss(grid[index], deltas[index], objects[assigned[index]], positive)
+            positives, negatives = positive.sum(), (used & ~positive).sum()
+            count = jnp.maximum(positives, 1) + jnp.maximum(negatives, 1)
+            return cls, box, level[index], count
+
+        keys = jax.random.split(key, len(logits))
+        cls, box, levels, counts = jax.vmap(terms)(
+            logits, deltas, batch["image_shape"], batch["boxes"], batch["valid"], keys
+        )
+        return tuple(
+            jax.ops.segment_sum(term.reshape(-1), levels.reshape(-1), len(outputs)) / counts.sum()
+            for term in (cls, box)
+        )
+
+    def roi_losses(self, maps, proposals: Proposals, batch, key) -> dict[str, jax.Array]:
+        """Cross-entropy and L1 loss of the sampled regions, mask loss of the positive ones.
+
+        Args:
+          maps: the pyramid.
+          proposals: regions, to which the ground truth is added (`roi_add_objects`).
+          batch: as in `losses`.
+          key: of the choice of regions.
+
+        Returns:
+          roi_cls, roi_box and roi_mask, scalars.
+        """
+        config = self.config
+        places = int(config.roi_samples * config.roi_positive_fraction)
+
+        def choose(proposals, objects, valid, labels, key):
+            """Of one image: regions, the object of each (-1: none), and which are used."""
+            assigned = assign(
+                proposals.boxes, proposals.valid, objects, valid,
+                positive_iou=0.5, negative_iou=0.5, min_positive_iou=0.5,
+            )  # fmt: skip
+            regions = proposals.boxes
+            if config.roi_add_objects:
+                own = jnp.where(valid, jnp.arange(len(objects)), IGNORED)
+                assigned = jnp.concatenate([own, assigned])
+                regions = jnp.concatenate([objects, regions])
+            index, used = sample(key, assigned, config.roi_samples, config.roi_positive_fraction)
+            assigned = jnp.where(used, assigned[index], NEGATIVE)
+            labels = jnp.where(assigned >= 0, labels[assigned], self.num_classes)
+            return regions[index], assigned, labels, used
+
+        proposals = jax.lax.stop_gradient(proposals)
+        regions, assigned, labels, used = jax.vmap(choose)(
+            proposals, batch["boxes"], batch["valid"], batch["labels"],
+            jax.random.split(key, len(batch["boxes"])),
+        )  # fmt: skip
+        positive = assigned >= 0
+        objects = jnp.take_along_axis(batch["boxes"], assigned[..., None], axis=1)
+        logits, deltas = self.box_head(self._roi_features(maps, regions, BOX_BINS))
+        cls = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
+        of_class = jnp.minimum(labels, self.num_classes - 1)
+        deltas = jnp.take_along_axis(deltas, of_class[..., None, None], axis=-2)[..., 0, :]
+        box = _box_loss(regions, deltas, objects, positive, _BOX_STDS)
+        count = jnp.maximum(used.sum(), 1)
+
+        # The positive regions come first.
+        regions, assigned, positive, of_class = (
+            x[:, :places] for x in (regions, assigned, positive, of_class)
+        )
+        logits = _pick(self.mask_head(self._roi_features(maps, regions, MASK_BINS)), of_class)
+        targets = jax.vmap(mask_targets)(batch["masks"], regions, assigned)
+        mask = _binary_cross_entropy(logits, targets).mean((-1, -2))
+        return {
+            "roi_cls": jnp.where(used, cls, 0).sum() / count,
+            "roi_box": box.sum() / count,
+            "roi_mask": jnp.where(positive, mask, 0).sum() / jnp.maximum(positive.sum(), 1),
+        }
+
+
+_BOX_STDS = (0.1, 0.1, 0.2, 0.2)
+
+
+def _top(scores, k):
+    """The k greatest of (N,), or all if there are fewer, and their indices."""
+    return jax.lax.top_k(scores, min(k, len(scores)))
+
+
+def _pick(masks, labels):
+    """The mask of each region's class: (B, R, H, W, classes) -> (B, R, H, W)."""
+    return jnp.take_along_axis(masks, labels[..., None, None, None], axis=-1)[..., 0]
+
+
+def _binary_cross_entropy(logits, targets):
+    return jax.nn.softplus(logits) - jnp.where(targets, logits, 0)
+
+
+def _box_loss(boxes, deltas, objects, positive, stds=(1.0, 1.0, 1.0, 1.0)):
+    """L1 distance of the deltas to those that lead to the objects, 0 where not positive."""
+    # Boxes that are not positive have no target, perhaps not a finite one.
+    target = jnp.where(positive[..., None], box_ops.encode(boxes, objects, stds), 0)
+    return jnp.where(positive, jnp.abs(deltas - target).sum(-1), 0)

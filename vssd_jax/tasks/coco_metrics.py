@@ -1,0 +1,176 @@
+"""Detections in COCO's result format, their mean average precision, and pictures of them."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import tempfile
+
+import numpy as np
+
+from vssd_jax.data.coco import CocoSource, rasterise, read_annotations
+from vssd_jax.data.decode import decode
+from vssd_jax.models.detection.masks import paste_masks
+
+# COCO's twelve numbers, in its order; the sizes are of objects in pixels of area.
+NUMBERS = (
+    "map", "ap50", "ap75", "map_small", "map_medium", "map_large",
+    "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large",
+)  # fmt: skip
+
+
+def to_results(detections, batch: dict, category_ids, *, threshold: float = 0.5) -> list[dict]:
+    """Detections of a batch in COCO's result format, in pixels of the original images.
+
+    Args:
+      detections: of `MaskRCNN.predict`, as NumPy arrays.
+      batch: `image_id`, `image_shape` and `original_shape` as from `coco.eval_transform`; images
+        whose `valid` (if there) is False are left out.
+      category_ids: COCO's id of each label.
+      threshold: least probability of a mask's pixel.
+
+    Returns:
+      A dict per detection: image_id, category_id, bbox (x y width height), score, segmentation
+      (run-length code).
+    """
+    from pycocotools import mask as coco_mask
+
+    results = []
+    for i, image_id in enumerate(batch["image_id"]):
+        if not batch.get("valid", np.ones(len(batch["image_id"]), bool))[i]:
+            continue
+        found = detections.valid[i]
+        height, width = map(int, batch["original_shape"][i])
+        scale = np.array([width, height], np.float32) / batch["image_shape"][i][::-1]
+        boxes = np.float32(detections.boxes[i][found]) * np.tile(scale, 2).astype(np.float32)
+        probabilities = 1 / (1 + np.exp(-np.float32(detections.masks[i][found])))
+        masks = paste_masks(probabilities, boxes, (height, width), threshold)
+        for box, score, label, mask in zip(
+            boxes, detections.scores[i][found], detections.labels[i][found], masks, strict=True
+        ):
+            code = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+            x1, y1, x2, y2 = map(float, box)
+            results.append(
+                {
+                    "image_id": int(image_id),
+                    "category_id": int(category_ids[label]),
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "score": float(score),
+                    "segmentation": {
+                        "size": [height, width],
+                        "counts": code["counts"].decode(),
+                    },
+                }
+            )
+    return results
+
+
+def evaluate(source: CocoSource, results: list[dict]) -> dict[str, dict[str, float]]:
+    """Mean average precision by pycocotools, over the images of the source.
+
+    Returns:
+      {"box": ..., "mask": ...}, each with the `NUMBERS`; -1 where there are no such objects.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    dataset = read_annotations(source.annotations)
+    bad = source.bad_annotation_ids
+    images = set(source.image_ids)
+    dataset["images"] = [x for x in dataset["images"] if x["id"] in images]
+    dataset["annotations"] = [
+        x for x in dataset["annotations"] if x["image_id"] in images and x["id"] not in bad
+    ]
+    if not results:
+        return {kind: dict.fromkeys(NUMBERS, 0.0) for kind in ("box", "mask")}
+    scores = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = dataset
+        truth.createIndex()
+        predictions = truth.loadRes(results)
+        for kind, name in (("box", "bbox"), ("mask", "segm")):
+            evaluation = COCOeval(truth, predictions, name)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            scores[kind] = dict(zip(NUMBERS, map(float, evaluation.stats), strict=True))
+    return scores
+
+
+def format_table(scores: dict[str, dict[str, float]]) -> str:
+    """The twelve numbers of boxes and masks, a line each."""
+    lines = [f"{'':12}{'box':>8}{'mask':>8}"]
+    lines += [f"{name:12}{scores['box'][name]:8.3f}{scores['mask'][name]:8.3f}" for name in NUMBERS]
+    return "\n".join(lines)
+
+
+def save_predictions(
+    folder: str | os.PathLike,
+    source: CocoSource,
+    results: list[dict],
+    *,
+    min_score: float = 0.3,
+    max_pictures: int | None = None,
+) -> None:
+    """Writes `results.json` (COCO's result format) and pictures with boxes, masks and names.
+
+    Args:
+      folder: made if missing; each file is written beside its place and then renamed.
+      source: where the images come from.
+      results: of `to_results`.
+      min_score: of the detections that are drawn.
+      max_pictures: draw the first images only.
+    """
+    from PIL import Image
+
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "results.json", json.dumps(results).encode())
+    by_image = {}
+    for result in results:
+        if result["score"] >= min_score:
+            by_image.setdefault(result["image_id"], []).append(result)
+    name = dict(zip(source.category_ids.tolist(), source.names, strict=True))
+    for index in range(len(source))[:max_pictures]:
+        element = source[index]
+        picture = draw(decode(element["image"]), by_image.get(element["image_id"], ()), name)
+        data = io.BytesIO()
+        Image.fromarray(picture).save(data, "png")
+        _write(folder / f"{element['image_id']}.png", data.getvalue())
+
+
+def draw(image: np.ndarray, results, names: dict[int, str]) -> np.ndarray:
+    """An (H, W, 3) uint8 image with the boxes, masks, names and scores of results on it."""
+    import colorsys
+
+    from PIL import Image, ImageDraw
+
+    image = np.array(image)
+    # The best on top.
+    results = sorted(results, key=lambda result: result["score"])
+    colours = [  # far apart for neighbouring ids: steps of the golden ratio around the circle
+        tuple(int(255 * c) for c in colorsys.hsv_to_rgb(r["category_id"] * 0.618 % 1, 0.8, 1))
+        for r in results
+    ]
+    for result, colour in zip(results, colours, strict=True):
+        inside = rasterise(result["segmentation"], image.shape[:2]) > 0
+        image[inside] = (image[inside] + np.array(colour)) // 2
+    picture = Image.fromarray(image)
+    pen = ImageDraw.Draw(picture)
+    for result, colour in zip(results, colours, strict=True):
+        x, y, width, height = result["bbox"]
+        pen.rectangle((x, y, x + width, y + height), outline=colour)
+        text = f"{names[result['category_id']]} {result['score']:.2f}"
+        place = (x, max(y - 11, 0))
+        pen.rectangle(pen.textbbox(place, text), fill=(0, 0, 0))
+        pen.text(place, text, fill=colour)
+    return np.asarray(picture)
+
+
+def _write(path: pathlib.Path, data: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        file.write(data)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
