@@ -7,13 +7,14 @@ K classes.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vssd_jax.models.vssd import VSSD, Conv, ConvNorm, Precision, VSSDConfig
+from vssd_jax.models.vssd import VSSD, Conv, ConvNorm, Precision, VSSDConfig, normal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,19 +65,21 @@ class UperNetConfig:
 # --- Resampling: a small matrix for each axis ---------------------------------------------------
 
 
-def bilinear_matrix(inputs: int, outputs: int) -> np.ndarray:
-    """(outputs, inputs) float64 weights of linear interpolation between pixel centres.
+def bilinear_matrix(inputs: int, outputs, rows: int | None = None):
+    """(outputs, inputs) weights of linear interpolation between pixel centres.
 
     The same as PyTorch's `interpolate(mode="bilinear", align_corners=False)`: centres at half
     pixels, the outermost input beyond the outermost centres, and no antialiasing.
+
+    Args:
+      inputs, outputs: the sizes. A traced `outputs` gives a float32 JAX array, an int a
+        float64 NumPy array.
+      rows: number of rows to return; those from `outputs` on repeat the last input.
     """
-    position = np.clip((np.arange(outputs) + 0.5) * (inputs / outputs) - 0.5, 0, inputs - 1)
-    low = np.floor(position).astype(np.int64)
-    matrix = np.zeros((outputs, inputs))
-    rows = np.arange(outputs)
-    matrix[rows, low] = 1 - (position - low)
-    matrix[rows, np.minimum(low + 1, inputs - 1)] += position - low
-    return matrix
+    xp = np if isinstance(outputs, int) else jnp
+    rows = outputs if rows is None else rows
+    position = xp.clip((xp.arange(rows) + 0.5) * (inputs / outputs) - 0.5, 0, inputs - 1)
+    return xp.maximum(0, 1 - abs(position[:, None] - xp.arange(inputs)))
 
 
 def pooling_matrix(inputs: int, outputs: int) -> np.ndarray:
@@ -128,9 +131,8 @@ class ConvNormReLU(ConvNorm):
     def __init__(self, inputs, outputs, size, *, precision, rngs):
         super().__init__(inputs, outputs, size, use_bias=False, precision=precision, rngs=rngs)
         # He's initialisation over the outputs, mmsegmentation's own for its convolutions.
-        init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-        kernel = self.conv.kernel
-        kernel[...] = init(rngs.params(), kernel.shape, precision.state)
+        init = normal(math.sqrt(2 / (size * size * outputs)))
+        self.conv.kernel[...] = init(rngs.params(), self.conv.kernel.shape, precision.state)
 
     def __call__(self, x):
         return jax.nn.relu(super().__call__(x))
@@ -155,7 +157,7 @@ class ChannelDropout(nnx.Module):
 
 def _classifier(channels, num_classes, *, precision, rngs):
     conv = Conv(channels, num_classes, 1, precision=precision, rngs=rngs)
-    init = nnx.initializers.normal(0.01)
+    init = normal(0.01)
     conv.kernel[...] = init(rngs.params(), conv.kernel.shape, precision.state)
     conv.bias[...] = jnp.zeros_like(conv.bias[...])
     return conv
