@@ -177,9 +177,7 @@ class ADE20K:
 # --- Training ---------------------------------------------------------------------------------
 
 
-def fitted_size(
-    size: tuple[int, int], short: int, long: int, multiple: int = 1
-) -> tuple[int, int]:
+def fitted_size(size: tuple[int, int], short: int, long: int, multiple: int = 1) -> tuple[int, int]:
     """(H, W) scaled so that the short side is `short`, or the long one `long` if that is less.
 
     Each side is then rounded to the nearest multiple of `multiple`.
