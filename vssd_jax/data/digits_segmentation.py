@@ -42,7 +42,9 @@ def write(root: str | os.PathLike, *, sizes: dict[str, int] = SIZES, seed: int =
                 folder.mkdir(parents=True)
             for index in range(sizes[split]):
                 rng = np.random.default_rng((seed, number, index))
-                image, instances = scenes.make_scene(rng, split=_HANDWRITING[split])
+                image, instances = scenes.make_scene(
+                    rng, num_digits=(4, 8), digit_size=(28, 64), split=_HANDWRITING[split]
+                )
                 label = np.ones(image.shape[:2], np.uint8)
                 for instance in instances:
                     label[instance.mask] = instance.label + 2
