@@ -112,14 +112,19 @@ def test_adaptive_average_pool_matches_pytorch(size, cells):
 
 
 def test_logits_have_the_images_size():
-    model = golden_model("nano")
+    graphdef, state = nnx.split(golden_model("nano"))
     images = jnp.asarray(synthetic_images((1, 3, 45, 70)).transpose(0, 2, 3, 1))
-    decode, _ = forward(model, images)
+
+    @jax.jit
+    def both(state, images):
+        model = nnx.merge(graphdef, state)
+        return model(images)[0], model.logits(images)
+
+    decode, got = both(state, images)
     assert decode.shape == (1, 12, 18, 11)
     expected = torch.nn.functional.interpolate(
         torch.tensor(np.asarray(decode)).permute(0, 3, 1, 2), size=(45, 70), mode="bilinear"
     )
-    got = model.logits(images)
     np.testing.assert_allclose(got, expected.permute(0, 2, 3, 1).numpy(), rtol=1e-3, atol=1e-4)
 
 
