@@ -17,29 +17,13 @@ from vssd_jax.weights.state import set_state
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
-_CONV_NORMS = {
-    "decode_head.psp_modules.{}.1": "decode_head.ppm.{}",
-    "decode_head.bottleneck": "decode_head.bottleneck",
-    "decode_head.lateral_convs.{}": "decode_head.lateral.{}",
-    "decode_head.fpn_convs.{}": "decode_head.output.{}",
-    "decode_head.fpn_bottleneck": "decode_head.fpn_bottleneck",
-    "auxiliary_head.convs.0": "auxiliary_head.conv",
-}
-TABLE = (
-    *((f"backbone.{a}", f"backbone.{b}", kind) for a, b, kind in names.VSSD),
-    *((f"{a}.conv", f"{b}.conv", "conv") for a, b in _CONV_NORMS.items()),
-    *((f"{a}.bn", f"{b}.norm", "batchnorm") for a, b in _CONV_NORMS.items()),
-    ("decode_head.conv_seg", "decode_head.classifier", "conv"),
-    ("auxiliary_head.conv_seg", "auxiliary_head.classifier", "conv"),
-)
-
 
 def golden_model(variant, dtype=jnp.float32):
     """An UperNet with the golden case's synthetic weights, in evaluation mode."""
     config = getattr(upernet.UperNetConfig, variant)()
     inventory = json.loads((GOLDEN / "inventory" / f"upernet_{variant}.json").read_text())
     model = upernet.UperNet(config, dtype=dtype, rngs=nnx.Rngs(0))
-    params, _, unknown = names.from_torch(TABLE, synthetic_state_dict(inventory))
+    params, _, unknown = names.from_torch(names.UPERNET, synthetic_state_dict(inventory))
     assert not unknown
     set_state(model, params)
     model.eval()
