@@ -1,0 +1,69 @@
+"""Scenes of hand-written digits in the folder layout of ADE20K.
+
+The classes are the background, with its clutter of lines, rings and discs, and the ten digits.
+"""
+
+import os
+import pathlib
+import shutil
+
+import numpy as np
+from PIL import Image
+
+from vssd_jax.data import scenes
+from vssd_jax.data.ade20k import ADE20K
+from vssd_jax.errors import UserError
+
+CLASSES = ("background", *map(str, range(scenes.NUM_CLASSES)))
+SIZES = {"training": 800, "validation": 100}
+
+_HANDWRITING = {"training": "train", "validation": "test"}
+
+
+def write(root: str | os.PathLike, *, sizes: dict[str, int] = SIZES, seed: int = 0) -> None:
+    """Writes the scenes of all splits into a new folder, which appears only when complete.
+
+    Args:
+      root: the folder to make.
+      sizes: number of scenes per split, "training" and "validation".
+      seed: the same seed and sizes make the same files.
+
+    Raises:
+      UserError: the folder exists or cannot be written.
+    """
+    root = pathlib.Path(root)
+    part = root.with_name(f"{root.name}.part-{os.getpid()}")
+    if root.exists():
+        raise UserError(f"{root} exists; remove it or choose another folder")
+    try:
+        for number, split in enumerate(("training", "validation")):
+            folders = [part / kind / split for kind in ("images", "annotations")]
+            for folder in folders:
+                folder.mkdir(parents=True)
+            for index in range(sizes[split]):
+                rng = np.random.default_rng((seed, number, index))
+                image, instances = scenes.make_scene(
+                    rng, num_digits=(4, 8), digit_size=(28, 64), split=_HANDWRITING[split]
+                )
+                label = np.ones(image.shape[:2], np.uint8)
+                for instance in instances:
+                    label[instance.mask] = instance.label + 2
+                name = f"scene_{index:05d}"
+                Image.fromarray(image).save(folders[0] / f"{name}.jpg", quality=95)
+                Image.fromarray(label).save(folders[1] / f"{name}.png")
+        os.rename(part, root)
+    except OSError as error:
+        raise UserError(f"{root} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load(root: str | os.PathLike, split: str) -> ADE20K:
+    """The "training" or "validation" split, written at the first call."""
+    if not pathlib.Path(root).exists():
+        try:
+            write(root)
+        except UserError:
+            if not pathlib.Path(root).exists():  # or else another process was first
+                raise
+    return ADE20K(root, split, num_classes=len(CLASSES))
