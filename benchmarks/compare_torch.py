@@ -66,8 +66,11 @@ def jax_calls(options, images, labels):
 
     def model():
         return VSSD(
-            config, dtype=options.dtype, rngs=nnx.Rngs(0), **(
-                {"implementation": options.implementation} if options.implementation else {}))
+            config,
+            dtype=options.dtype,
+            implementation=options.implementation,
+            rngs=nnx.Rngs(0),
+        )
 
     infer, weights = common.inference_step(model())
     train, state = common.training_step(model())

@@ -1,0 +1,122 @@
+"""Each operation: implementation against implementation against the memory's roofline.
+
+The roofline is the bandwidth of a copy measured in the same run; an operation's bytes are those
+of its arguments and results, read or written once.
+
+    python -m benchmarks.ops --model tiny --batch 128 --dtype bfloat16       # GPU
+    python -m benchmarks.ops --model nano --batch 2 --seconds 0.1            # CPU, to try it
+"""
+
+import functools
+import statistics
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import common
+from vssd_jax.errors import UserError
+from vssd_jax.kernels.attention import attention
+from vssd_jax.kernels.depthwise_conv import depthwise_conv
+from vssd_jax.kernels.dispatch import IMPLEMENTATIONS
+from vssd_jax.kernels.nc_ssd import nc_ssd, nc_ssd_gated, specs
+from vssd_jax.models.vssd import VSSDConfig
+
+
+def operations(model: str, batch: int, dtype):
+    """Yields (name, function that takes `implementation`, arguments)."""
+    config = getattr(VSSDConfig, model)()
+    for spec in (s for s in specs.NETWORK if s.name.startswith(model)):
+        a = spec.arguments(batch, dtype)
+        options = {"inner": spec.inner, "groups": spec.groups}
+        bare = [a[name] for name in ("xbc", "token_weights", "d")]
+        yield f"nc_ssd {spec.name}", functools.partial(nc_ssd, **options), bare
+        gated = [*bare, a["z"], a["scale"], a["bias"]]
+        yield f"nc_ssd_gated {spec.name}", functools.partial(nc_ssd_gated, **options), gated
+        side = int(spec.length**0.5)
+        x = a["xbc"].reshape(batch, side, side, -1)
+        kernel = jnp.ones((3, 3, spec.width), jnp.float32) / 9
+
+        def conv(x, kernel, bias, implementation):
+            if implementation != "xla":
+                raise UserError("there is one implementation")
+            return depthwise_conv(x, kernel, bias, activation="silu")
+
+        yield f"depthwise_conv {spec.name}", conv, [x, kernel, jnp.zeros(spec.width)]
+    width = 8 * config.embed_dim
+    qkv = jax.random.normal(jax.random.key(0), (batch, 49, 3 * width), dtype)
+    yield "attention stage 4", functools.partial(attention, heads=config.num_heads[3]), [qkv]
+
+
+def size(arrays) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(arrays))
+
+
+def repeated(f, arguments, depth):
+    def call():
+        for _ in range(depth):
+            result = f(*arguments)
+        jax.block_until_ready(result)
+
+    return call
+
+
+def bandwidth(options) -> float:
+    """Bytes a second of `x + 1` on an array far larger than the caches."""
+    x = jnp.zeros(2**28 if jax.default_backend() == "gpu" else 2**25, jnp.float32)
+    call = repeated(jax.jit(lambda x: x + 1), [x], options.depth)
+    times = common.measure({"copy": call}, rounds=options.rounds, seconds=options.seconds)
+    return 2 * size(x) * options.depth / statistics.median(times["copy"])
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument("--model", default="tiny", help="nano, micro, tiny or base")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--directions", nargs="+", default=["forward", "gradient"])
+    parser.add_argument("--depth", type=int, help="calls between two waits (1, on a GPU 20)")
+    options = parser.parse_args()
+    options.depth = options.depth or (20 if jax.default_backend() == "gpu" else 1)
+    roofline = bandwidth(options)
+    print(f"copy: {roofline / 1e9:.0f} GB/s")
+
+    rows = []
+    for name, f, arguments in operations(options.model, options.batch, jnp.dtype(options.dtype)):
+        result = jax.eval_shape(functools.partial(f, implementation="xla"), *arguments)
+        dy = jnp.ones(result.shape, result.dtype)
+        for direction in options.directions:
+            calls = {}
+            for implementation in IMPLEMENTATIONS:
+                g = functools.partial(f, implementation=implementation)
+                if direction == "forward":
+                    call = repeated(jax.jit(g), arguments, options.depth)
+                else:
+                    def gradient(dy, *arguments, g=g):
+                        return jax.vjp(g, *arguments)[1](dy)
+
+                    call = repeated(jax.jit(gradient), [dy, *arguments], options.depth)
+                try:
+                    call()
+                except UserError:  # not on this device, or not for this operation
+                    continue
+                calls[implementation] = call
+            moved = size(arguments) + size(result)
+            if direction == "gradient":
+                moved += size(arguments)
+            times = common.measure(calls, rounds=options.rounds, seconds=options.seconds)
+            for implementation, values in times.items():
+                seconds = statistics.median(values) / options.depth
+                rows.append({
+                    "operation": name,
+                    "direction": direction,
+                    "implementation": implementation,
+                    "ms": 1e3 * seconds,
+                    "times xla": common.median_ratio(times["xla"], values),
+                    "share of copy bandwidth": moved / seconds / roofline,
+                })
+    common.report(options, rows, copy_bytes_per_second=roofline)
+
+
+if __name__ == "__main__":
+    main()

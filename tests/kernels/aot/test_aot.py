@@ -1,0 +1,52 @@
+"""Programs compiled for GPUs without a GPU: they compile, and move no more than is recorded.
+
+Needs the packages `jax-cuda12-plugin` and `jax-cuda12-pjrt` of the installed jax's version
+(`pip install --no-deps`). The compilations run in a process of their own, so that the plugin
+meets no other test.
+"""
+
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+RECORDED = json.loads((HERE / "recorded.json").read_text())
+
+
+@functools.cache
+def why_not():
+    for package in ("jax-cuda12-plugin", "jax-cuda12-pjrt"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{package} is not installed"
+        if version != jax.__version__:
+            return f"{package} {version} is not jax's version {jax.__version__}"
+    return None
+
+
+@pytest.mark.parametrize("arch", list(RECORDED))
+def test_compiled_programs(arch):
+    """Fewer kernels or bytes: record them. More: something has come apart."""
+    if why_not():
+        pytest.skip(why_not())
+    recorded = RECORDED[arch]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(HERE / "programs.py"), arch, *recorded]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = {line["program"]: line for line in map(json.loads, run.stdout.splitlines())}
+    assert set(found) == set(recorded)
+    for program, figures in recorded.items():
+        line = found[program]
+        assert not line["transposes"], f"{program} transposes {line['transposes']}"
+        assert line["kernels"] <= figures["kernels"], program
+        # A hundredth: rounding, and what the compiler adds for scratch.
+        assert line["megabytes_per_image"] <= 1.01 * figures["megabytes_per_image"], program
