@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-
 from vssd_jax.errors import UserError
 from vssd_jax.kernels import dispatch
 from vssd_jax.kernels.nc_ssd import nc_ssd, specs, xla

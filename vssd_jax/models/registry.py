@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vssd_jax.errors import UserError
+from vssd_jax.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
+from vssd_jax.models.upernet import UperNet, UperNetConfig
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 from vssd_jax.weights.state import set_state
 
@@ -38,6 +40,20 @@ class Family:
 
 FAMILIES = {
     "vssd_": Family(VSSD, VSSDConfig, ("nano", "micro", "tiny", "small", "base"), 1000, ("head.",)),
+    "mask_rcnn_vssd_": Family(
+        MaskRCNN,
+        MaskRCNNConfig,
+        ("nano", "micro", "tiny", "small"),
+        None,
+        ("box_head.cls.", "box_head.reg.", "mask_head.logits."),
+    ),
+    "upernet_vssd_": Family(
+        UperNet,
+        UperNetConfig,
+        ("nano", "micro", "tiny", "small"),
+        None,
+        ("decode_head.classifier.", "auxiliary_head.classifier."),
+    ),
 }
 
 
