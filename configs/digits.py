@@ -11,9 +11,10 @@ from vssd_jax.config import classification_config
 def get_config(arg=None):
     config = classification_config()
     config.model = "vssd_nano"
-    config.model_options = {"drop_path": 0.05}
+    config.model_options = {"drop_path": 0.1}
     config.dataset = "digits"
     config.image_size = 32
+    config.mixup_alpha = 0.4
 
     config.batch_size = 64
     config.eval_batch_size = 120

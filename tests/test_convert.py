@@ -18,6 +18,7 @@ import vssd_jax
 from tests.golden import synthetic
 from tests.torch_reference import create_model as torch_model
 from vssd_jax.errors import UserError
+from vssd_jax.weights import names
 from vssd_jax.weights.convert import convert
 from vssd_jax.weights.folder import read_arrays, read_folder
 from vssd_jax.weights.load import load, recognise, to_torch
@@ -73,6 +74,24 @@ def test_command_there_and_back(tmp_path):
     torch_model("vssd_nano").load_state_dict(loaded, strict=True)
     expected, _ = select_state_dict(read_torch_file(NANO), "ema")
     assert_identical({name: tensor.numpy() for name, tensor in loaded.items()}, expected)
+
+
+@pytest.mark.parametrize("model", ["mask_rcnn_nano", "upernet_nano"])
+def test_detectors_and_segmentors_convert(model, tmp_path):
+    family, _, variant = model.rpartition("_")
+    tensors = state_dict(model)
+    source = GOLDEN / f"checkpoints/{model}.pth"
+    if not source.exists():
+        source = tmp_path / "segmentor.pth"
+        write_torch_file(source, tensors)
+    name, output = f"{family}_vssd_{variant}", tmp_path / "weights"
+    convert(source, output, model=name)
+    params, _, unknown = names.from_torch(names.TABLES[f"{family}_vssd_"], tensors)
+    assert not unknown
+    filled = get_state(vssd_jax.create_model(name, weights=output))
+    assert filled.keys() == params.keys()
+    for key, value in params.items():
+        np.testing.assert_array_equal(filled[key], value)
 
 
 def test_command_ends_user_errors_with_one_line(tmp_path):

@@ -107,9 +107,9 @@ class TrainTransform:
         image = _warp(
             element["image"],
             self.size,
-            rng.uniform(-12, 12),
-            rng.uniform(0.9, 1.1),
-            rng.uniform(-0.08, 0.08, 2) * self.size,
+            rng.uniform(-15, 15),
+            rng.uniform(0.8, 1.2),
+            rng.uniform(-0.1, 0.1, 2) * self.size,
         )
         return {**element, "image": image}
 
