@@ -75,12 +75,14 @@ def evaluate_weights(
     set_state(model, loaded.params)
     arrays = jax.device_put(get_state(model), NamedSharding(mesh, PartitionSpec()))
     if throughput:
-        results["images_per_second"] = measure_throughput(task, functional, arrays, mesh)
+        with jax.set_mesh(mesh):
+            results["images_per_second"] = measure_throughput(task, functional, arrays, mesh)
         print(
             f"{results['images_per_second']:.1f} images/s at batch {config.eval_batch_size} "
             f"on {mesh.size} {jax.devices()[0].device_kind}"
         )
-    metrics = Evaluator(task, functional, mesh)(arrays)
+    with jax.set_mesh(mesh):
+        metrics = Evaluator(task, functional, mesh)(arrays)
     for name, value in metrics.items():
         print(f"{name} {value:.6g}")
     return results | metrics

@@ -120,7 +120,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
     )
     pending, step = [], start
     timed_from, since = start, time.perf_counter()
-    with _StopSignal() as stop, progress:
+    # The mesh in the context tells the kernels how the batch is split.
+    with jax.set_mesh(mesh), _StopSignal() as stop, progress:
         while step < total and not stop.received:
             state, metrics = train_step(state, next(batches), step_key)
             step += 1
