@@ -84,6 +84,7 @@ def test_pallas_float32(spec, monkeypatch):
 
 
 # Heads, P and N of the network; fewer tokens, as interpret mode takes minutes for 3136.
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", specs.NETWORK, ids=by_name)
 def test_pallas_on_the_heads_of_the_network(spec, monkeypatch):
     monkeypatch.setattr(pallas, "plgpu", poisoned(plgpu))

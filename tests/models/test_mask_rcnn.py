@@ -187,6 +187,7 @@ def test_region_losses(golden, maps):
         np.testing.assert_allclose(losses[f"roi_{name}"], golden[f"roi_loss_{theirs}"], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["micro", "tiny", "small"])
 def test_parameter_counts(variant):
     config = getattr(MaskRCNNConfig, variant)()

@@ -58,6 +58,7 @@ def test_nano_logits_match_golden(size, dtype):
                 np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["micro", "tiny", "small"])
 def test_variants_match_golden(variant):
     golden = np.load(GOLDEN / f"upernet_{variant}.npz")

@@ -17,7 +17,8 @@ from tests.golden_model import (
 )
 from vssd_jax.models.vssd import VSSD, BatchNorm, DropPath, Precision, Stage, VSSDConfig
 
-VARIANTS = ("micro", "tiny", "small", "base")
+SLOW = pytest.mark.slow  # built of the same blocks as the others
+VARIANTS = ("micro", "tiny", pytest.param("small", marks=SLOW), pytest.param("base", marks=SLOW))
 
 
 def test_nano_logits_in_float64(x64):
@@ -58,7 +59,7 @@ def test_variant_logits_in_float32(variant):
     np.testing.assert_allclose(logits, golden["logits_f64"], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("variant", ["nano", "micro", "tiny", "small"])
+@pytest.mark.parametrize("variant", ["nano", "micro", "tiny", pytest.param("small", marks=SLOW)])
 def test_rectangular_logits_in_float32(variant):
     config = getattr(VSSDConfig, variant)()
     inventory = f"classification_{variant}"

@@ -8,6 +8,7 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 from absl import flags
 
@@ -15,9 +16,11 @@ from configs.digits import get_config
 from tests.conftest import ROOT
 from vssd_jax.errors import UserError
 from vssd_jax.tasks.classification import Classification
+from vssd_jax.training.checkpoints import read_ema
 from vssd_jax.training.evaluation import evaluate_weights
-from vssd_jax.training.loop import train
+from vssd_jax.training.loop import pretrained, train
 from vssd_jax.training.metrics import read_metrics
+from vssd_jax.training.state import Functional, init_state
 
 EPOCH = 1437 // 128  # steps
 
@@ -130,6 +133,26 @@ def test_a_stopped_run_resumes_as_if_never_stopped(run, tmp_path, monkeypatch, c
     monkeypatch.setattr(Classification, "train_batches", real)
     assert train(config, tmp_path) == results
     assert losses(tmp_path) == losses(workdir)
+
+
+@pytest.mark.parametrize("num_classes", [10, 12])
+def test_fine_tuning_starts_from_weights(run, num_classes):
+    config, workdir, _, _ = run
+    config = config.copy_and_resolve_references()
+    config.update(init_from=str(workdir), num_classes=num_classes, image_size=48)
+    task = Classification(config)
+    state = init_state(
+        Functional(task.build),
+        optax.sgd(1.0),
+        jax.random.key(1),
+        pretrained(config, task.num_classes),
+    )
+    expected, _ = read_ema(workdir)
+    for name, value in {**state.params, **state.batch_stats}.items():
+        if name.startswith("head.") and num_classes != 10:
+            assert value.shape[-1] == 12
+        else:
+            np.testing.assert_array_equal(value, expected[name])
 
 
 def test_another_model_in_the_workdir_is_refused(run):

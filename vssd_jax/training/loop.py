@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from vssd_jax.errors import UserError
+from vssd_jax.models.registry import find
 from vssd_jax.tasks import make_task
 from vssd_jax.training import optimizer as optim
 from vssd_jax.training.checkpoints import Checkpoints
@@ -21,6 +22,7 @@ from vssd_jax.training.evaluation import Evaluator
 from vssd_jax.training.metrics import MetricWriter
 from vssd_jax.training.sharding import check_batch, device_batches, make_mesh
 from vssd_jax.training.state import Functional, init_state, make_train_step
+from vssd_jax.weights.load import load
 
 
 class _StopSignal:
@@ -39,6 +41,16 @@ class _StopSignal:
     def __exit__(self, *exc):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def pretrained(config: ml_collections.ConfigDict, num_classes: int) -> dict[str, np.ndarray]:
+    """The weights of `config.init_from`, without a classifier of another number of classes."""
+    loaded = load(config.init_from, model=config.model, overrides=config.model_options.to_dict())
+    if loaded.num_classes == num_classes:
+        return loaded.params
+    print(f"{config.init_from} has {loaded.num_classes} classes: the classifier starts fresh")
+    classifier = find(config.model)[0].classifier
+    return {n: value for n, value in loaded.params.items() if not n.startswith(classifier)}
 
 
 def _prepare_workdir(workdir: pathlib.Path, config: dict) -> None:
@@ -99,7 +111,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
         state = checkpoints.restore(abstract)
         print(f"resumed {workdir} at step {start} of {total}")
     else:
-        state = jax.device_put(init_state(functional, optimizer, init_key), shardings)
+        weights = pretrained(config, task.num_classes) if config.init_from else None
+        state = jax.device_put(init_state(functional, optimizer, init_key, weights), shardings)
     train_step = jax.jit(
         make_train_step(
             functional,

@@ -4,12 +4,13 @@ A model is split once into its structure and its arrays; inside a step the two a
 again, so that any Flax NNX module trains under `jax.jit` with any sharding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -86,10 +87,23 @@ class Functional:
 
 
 def init_state(
-    functional: Functional, optimizer: optax.GradientTransformation, key: jax.Array
+    functional: Functional,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    weights: Mapping[str, np.ndarray] | None = None,
 ) -> TrainState:
-    """The state before the first step; the average starts at the initialisation."""
-    params, batch_stats = functional.init(key)
+    """The state before the first step; the average starts at the initialisation.
+
+    Args:
+      functional, optimizer: see there.
+      key: of the initialisation.
+      weights: take the place of fresh parameters and statistics, by dotted name.
+    """
+    weights = weights or {}
+    params, batch_stats = (
+        {name: jnp.asarray(weights.get(name, value), value.dtype) for name, value in part.items()}
+        for part in functional.init(key)
+    )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
