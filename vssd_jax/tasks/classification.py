@@ -30,11 +30,16 @@ class Classification:
             near = registry.did_you_mean(config.dataset, DATASETS)
             raise UserError(f"unknown dataset {config.dataset!r}{near}")
 
-    @functools.cached_property
+    @property
     def num_classes(self) -> int:
         """Of `config.num_classes`, or else of the dataset."""
         if self.config.num_classes is not None:
             return self.config.num_classes
+        return self.dataset_classes
+
+    @property
+    def dataset_classes(self) -> int:
+        """The number of classes that the labels come from."""
         return self._pictures("val").num_classes
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:

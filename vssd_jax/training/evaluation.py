@@ -54,12 +54,10 @@ def evaluate_weights(
     """
     from vssd_jax.weights.load import load
 
-    task = make_task(config)
     loaded = load(weights, model=config.model, overrides=config.model_options.to_dict())
-    if loaded.num_classes != task.num_classes:
-        raise UserError(
-            f"{weights} has {loaded.num_classes} classes and {config.dataset} {task.num_classes}"
-        )
+    config = config.copy_and_resolve_references()
+    config.num_classes = loaded.num_classes
+    task = make_task(config)
     functional = Functional(task.build)
     size = (config.image_size,) * 2
     model = functional.abstract
@@ -71,6 +69,11 @@ def evaluate_weights(
         f"{config.model}: {results['parameters']:,} parameters, "
         f"{results['multiply_adds'] / 1e9:.3f} G multiply-adds at {size[0]}x{size[1]}"
     )
+    if task.dataset_classes != loaded.num_classes:
+        raise UserError(
+            f"{weights} has {loaded.num_classes} classes, and the {config.dataset} in "
+            f"{config.data_dir} {task.dataset_classes}"
+        )
     mesh = make_mesh(config.mesh)
     set_state(model, loaded.params)
     arrays = jax.device_put(get_state(model), NamedSharding(mesh, PartitionSpec()))
