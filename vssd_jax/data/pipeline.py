@@ -15,7 +15,11 @@ def _iterate(dataset: grain.MapDataset, num_workers: int) -> Iterator[dict]:
     batches = dataset.to_iter_dataset(threads)
     if num_workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-    return iter(batches)
+    iterator = iter(batches)
+    try:
+        yield from iterator
+    finally:  # ends the workers and frees the memory that they share
+        getattr(iterator, "close", lambda: None)()
 
 
 def train_batches(
