@@ -137,6 +137,7 @@ def test_half_precision_keeps_parameters_and_logits_in_float32():
     assert relative(np.asarray(decode).transpose(0, 3, 1, 2), golden["64x96_decode"]) < 0.05
 
 
+@pytest.mark.slow
 def test_every_parameter_gets_a_gradient_in_training():
     model = upernet.UperNet(upernet.UperNetConfig.nano(), rngs=nnx.Rngs(0))
     model.train()

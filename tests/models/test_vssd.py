@@ -104,10 +104,10 @@ def test_remat_changes_no_gradient(x64):
             return jnp.square(merged(jnp.tile(x, 8), nnx.Rngs(dropout=1))).sum()
 
         lowered = jax.jit(jax.grad(loss)).lower(params, x)
-        return lowered.compile()(params, x), "optimization_barrier" in lowered.as_text()
+        return lowered.compile()(params, x), lowered.as_text().count("dot_general")
 
-    (plain, barrier), (rematerialised, remat_barrier) = gradient(False), gradient(True)
-    assert (barrier, remat_barrier) == (False, True)
+    (plain, products), (rematerialised, remat_products) = gradient(False), gradient(True)
+    assert remat_products > products  # the forward pass again
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(rematerialised), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
