@@ -1,8 +1,8 @@
 """What the training loop needs to know of each task.
 
-A task has `train_size`, `train_batches(start_step)`, `eval_batches()`, `build(rngs)`,
-`loss(model, batch, *, step, rngs, teacher)`, `eval_step(model, batch)`, `summarize(outputs)` and
-`best_metric`; see classification.py.
+A task has `num_classes`, `dataset_classes`, `train_size`, `train_batches(start_step)`,
+`eval_batches()`, `build(rngs)`, `loss(model, batch, *, step, rngs, teacher)`, `check(metrics)`,
+`eval_step(model, batch)`, `summarize(outputs)` and `best_metric`; see classification.py.
 """
 
 from vssd_jax.errors import UserError
