@@ -1,6 +1,7 @@
 """Evaluates weights: parameters, multiply-adds and the metrics of the config's task.
 
     python eval.py --config configs/tiny.py --weights weights/vssd_tiny [--throughput]
+        [--tta] [--save-predictions DIR]
 
 `--weights` takes a weights folder, a .pth file, hf://owner/repo/file, or the workdir of a
 training run, of which it takes the averaged weights of the latest checkpoint. The last line of
@@ -17,6 +18,10 @@ from vssd_jax.errors import UserError
 cli.define_config()
 WEIGHTS = flags.DEFINE_string("weights", None, "What to evaluate, see above.")
 THROUGHPUT = flags.DEFINE_bool("throughput", False, "Measure the images per second as well.")
+TTA = flags.DEFINE_bool("tta", False, "Segmentation: average over scaled and mirrored images.")
+SAVE = flags.DEFINE_string(
+    "save_predictions", None, "Detection, segmentation: a folder for predictions and pictures."
+)
 
 
 def main():
@@ -25,7 +30,13 @@ def main():
         raise UserError("--weights is missing; see --help")
     from vssd_jax.training.evaluation import evaluate_weights
 
-    results = evaluate_weights(config, WEIGHTS.value, throughput=THROUGHPUT.value)
+    results = evaluate_weights(
+        config,
+        WEIGHTS.value,
+        throughput=THROUGHPUT.value,
+        tta=TTA.value,
+        save_predictions=SAVE.value,
+    )
     print(json.dumps(results))
 
 

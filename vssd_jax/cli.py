@@ -56,6 +56,8 @@ def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main`."""
 
     def parse(argv):
+        # --some-flag is --some_flag; what follows a dot or an equals sign stays.
+        argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
         try:
             rest = flags.FLAGS(argv)
         except (flags.Error, UserError) as error:

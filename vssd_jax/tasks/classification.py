@@ -1,5 +1,6 @@
 """Image classification: what the training loop needs to know of it."""
 
+import collections
 import functools
 from collections.abc import Iterator
 
@@ -29,6 +30,11 @@ class Classification:
         if config.dataset not in DATASETS:
             near = registry.did_you_mean(config.dataset, DATASETS)
             raise UserError(f"unknown dataset {config.dataset!r}{near}")
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.config.image_size,) * 2
 
     @property
     def num_classes(self) -> int:
@@ -164,9 +170,11 @@ class Classification:
             "count": jnp.sum(valid),
         }
 
-    def summarize(self, outputs: list[dict]) -> dict[str, float]:
+    def summarize(self, outputs: Iterator[dict]) -> dict[str, float]:
         """The metrics of an evaluation, from the host copies of all `eval_step` outputs."""
-        sums = {name: sum(float(output[name]) for output in outputs) for name in outputs[0]}
+        sums = collections.Counter()
+        for output in outputs:
+            sums.update({name: float(value) for name, value in output.items()})
         count = sums.pop("count")
         return {f"val/{name}": value / count for name, value in sums.items()}
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator
 
 import jax
 import ml_collections
@@ -35,12 +36,26 @@ class Evaluator:
 
     def __call__(self, arrays: Arrays) -> dict[str, float]:
         """The metrics of the whole evaluation set."""
-        batches = device_batches(self._task.eval_batches(), self._mesh)
-        return self._task.summarize(jax.device_get([self._step(arrays, b) for b in batches]))
+        return self._task.summarize(self._outputs(arrays))
+
+    def _outputs(self, arrays: Arrays) -> Iterator[dict]:
+        """What `eval_step` returns, as NumPy arrays, while the device computes the next batch."""
+        ahead = None
+        for batch in device_batches(self._task.eval_batches(), self._mesh):
+            done, ahead = ahead, self._step(arrays, batch)
+            if done is not None:
+                yield jax.device_get(done)
+        if ahead is not None:
+            yield jax.device_get(ahead)
 
 
 def evaluate_weights(
-    config: ml_collections.ConfigDict, weights: str | os.PathLike, *, throughput: bool = False
+    config: ml_collections.ConfigDict,
+    weights: str | os.PathLike,
+    *,
+    throughput: bool = False,
+    tta: bool = False,
+    save_predictions: str | os.PathLike | None = None,
 ) -> dict[str, float]:
     """Evaluates weights on the config's dataset and prints a report.
 
@@ -48,6 +63,8 @@ def evaluate_weights(
       config: as of `train.py`.
       weights: anything that `vssd_jax.weights.load.load` reads.
       throughput: whether the images per second of the forward pass are measured too.
+      tta: whether predictions are averaged over scaled and mirrored images (segmentation).
+      save_predictions: a folder for predictions and pictures of them (detection, segmentation).
 
     Returns:
       Parameters, multiply-adds and metrics.
@@ -57,9 +74,9 @@ def evaluate_weights(
     loaded = load(weights, model=config.model, overrides=config.model_options.to_dict())
     config = config.copy_and_resolve_references()
     config.num_classes = loaded.num_classes
-    task = make_task(config)
+    task = make_task(config, tta=tta, save_predictions=save_predictions)
     functional = Functional(task.build)
-    size = (config.image_size,) * 2
+    size = task.image_shape
     model = functional.abstract
     results = {
         "parameters": count_parameters(model),
@@ -94,13 +111,13 @@ def evaluate_weights(
 def measure_throughput(task, functional: Functional, arrays: Arrays, mesh: Mesh) -> float:
     """Images per second of the forward pass, without data loading: the median of ten calls."""
     config = task.config
-    shape = (config.eval_batch_size, config.image_size, config.image_size, 3)
+    shape = (config.eval_batch_size, *task.image_shape, 3)
     images = jax.device_put(
         np.random.default_rng(0).standard_normal(shape, np.float32),
         NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
     )
     forward = jax.jit(lambda arrays, images: functional.merge(arrays, training=False)(images))
-    forward(arrays, images).block_until_ready()
+    jax.block_until_ready(forward(arrays, images))
     seconds = []
     for _ in range(10):
         start = time.perf_counter()
