@@ -16,6 +16,7 @@ from vssd_jax import cli
 from vssd_jax.errors import UserError
 
 cli.define_config()
+cli.define_processes()
 WEIGHTS = flags.DEFINE_string("weights", None, "What to evaluate, see above.")
 THROUGHPUT = flags.DEFINE_bool("throughput", False, "Measure the images per second as well.")
 TTA = flags.DEFINE_bool("tta", False, "Segmentation: average over scaled and mirrored images.")
@@ -26,6 +27,7 @@ SAVE = flags.DEFINE_string(
 
 def main():
     config = cli.load_config()
+    cli.join_processes()
     if WEIGHTS.value is None:
         raise UserError("--weights is missing; see --help")
     from vssd_jax.training.evaluation import evaluate_weights

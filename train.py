@@ -8,11 +8,13 @@ from absl import flags
 from vssd_jax import cli
 
 cli.define_config()
+cli.define_processes()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config's name>.")
 
 
 def main():
     config = cli.load_config()
+    cli.join_processes()
     from vssd_jax.training.loop import train
 
     train(config, WORKDIR.value or f"runs/{cli.config_name()}")

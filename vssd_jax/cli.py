@@ -23,6 +23,31 @@ def define_config() -> flags.FlagHolder:
     )
 
 
+def define_processes() -> None:
+    """The flags that join several processes."""
+    flags.DEFINE_bool(
+        "distributed", False, "Join the processes of a SLURM, Kubernetes, Open MPI or TPU job."
+    )
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where JAX detects nothing.")
+    flags.DEFINE_integer("num_processes", None, "How many processes --coordinator joins.")
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+
+
+def join_processes() -> None:
+    """Does what the flags of `define_processes` ask for; before JAX computes anything."""
+    given = flags.FLAGS
+    if given.coordinator is not None:
+        if given.num_processes is None or given.process_id is None:
+            raise UserError("--coordinator needs --num_processes and --process_id")
+    elif given.num_processes is not None or given.process_id is not None:
+        raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT")
+    elif not given.distributed:
+        return
+    from vssd_jax.training import distributed
+
+    distributed.initialize(given.coordinator, given.num_processes, given.process_id)
+
+
 def load_config():
     """The ConfigDict that `--config` names, with its overrides."""
     config = flags.FLAGS.config
@@ -84,6 +109,12 @@ def run(main: Callable[[], None]) -> None:
         except KeyboardInterrupt:
             sys.stdout.flush()
             os._exit(130)
+        except Exception as error:
+            line = _lost_process(error)
+            if line is None:
+                raise
+            print(f"{pathlib.Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+            _exit_now(1)
 
     app.run(guarded, flags_parser=parse)
 
@@ -91,4 +122,22 @@ def run(main: Callable[[], None]) -> None:
 def _fail(message: str) -> None:
     line = "; ".join(part.strip() for part in message.splitlines() if part.strip())
     print(f"{pathlib.Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        _exit_now(2)
     sys.exit(2)
+
+
+def _lost_process(error: Exception) -> str | None:
+    """A line for an error whose cause is that another process of the run ended."""
+    if "jax" not in sys.modules:
+        return None
+    from vssd_jax.training import distributed
+
+    return distributed.failure(error)
+
+
+def _exit_now(status: int) -> None:
+    """Ends a process of several, without the minutes of waiting for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -43,7 +43,10 @@ def base_config() -> ml_collections.ConfigDict:
     config.ema_decay = 0.9999
     config.max_nonfinite = 10  # skipped steps in a row that end the run
 
-    config.mesh = {"data": -1}  # devices per axis; -1: all that are left
+    # Devices per axis; -1: all that are left. Each has its share of the batch; over "fsdp" the
+    # parameters and the optimizer's state are split too.
+    config.mesh = {"data": -1, "fsdp": 1}
+    config.profile_steps = ""  # "10:15" writes a trace of these steps to <workdir>/profile
     config.eval_every_epochs = 1
     config.log_every_steps = 50
     return config

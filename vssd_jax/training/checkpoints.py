@@ -1,39 +1,118 @@
 """Checkpoints of a run by Orbax: the latest two and the best one are kept.
 
 A checkpoint has two parts: "ema", the averaged weights that evaluation reads, by dotted name;
-and "train", the rest of the training state.
+and "train", the rest of the training state. It is complete once it holds the checksums of its
+files: Orbax reads a flipped byte of an array without complaint.
 """
 
+import errno
+import hashlib
+import json
+import os
 import pathlib
+import shutil
+import sys
+import threading
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from vssd_jax.errors import UserError
 from vssd_jax.training.state import TrainState
 
 _FOLDER = "checkpoints"
+_CHECKSUMS = "checksums.json"
 
 
-def read_ema(workdir: str | pathlib.Path) -> tuple[dict[str, np.ndarray], int]:
-    """The averaged weights of the latest checkpoint, and its step.
+def read_ema(workdir: str | os.PathLike) -> tuple[dict[str, np.ndarray], int]:
+    """The averaged weights of the latest complete checkpoint, and its step.
 
     Raises:
       UserError: there is no checkpoint yet.
     """
-    with ocp.training.Checkpointer(pathlib.Path(workdir).absolute() / _FOLDER) as checkpointer:
-        latest = checkpointer.latest
-        if latest is None:
-            raise UserError(f"{workdir} has no checkpoint yet")
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-            for name, leaf in _metadata(checkpointer, latest.step)["ema"].items()
-        }
-        ema = checkpointer.load_checkpointables(latest.step, {"ema": abstract})["ema"]
-    return {name: np.asarray(value) for name, value in ema.items()}, latest.step
+    root = pathlib.Path(workdir).absolute() / _FOLDER
+    for step in reversed(_steps(root)):
+        folder = root / str(step)
+        problem = _problem(folder)
+        if problem == "damaged":
+            print(f"warning: {folder} is damaged and passed over", file=sys.stderr)
+        if problem is None:
+            break
+    else:
+        raise UserError(f"{workdir} has no checkpoint yet")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        for name, leaf in ocp.checkpointables_metadata(folder).metadata["ema"].items()
+    }
+    ema = ocp.load_checkpointables(folder, {"ema": abstract})["ema"]
+    return {name: np.asarray(value) for name, value in ema.items()}, step
+
+
+def _steps(root: pathlib.Path) -> list[int]:
+    if not root.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdigit())
+
+
+# --- Whole or not -----------------------------------------------------------------------------
+
+
+def _checksums(folder: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of each file by its path."""
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith(_CHECKSUMS):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            sums[path.relative_to(folder).as_posix()] = digest
+    return sums
+
+
+def _write_checksums(folder: pathlib.Path) -> None:
+    part = folder / f"{_CHECKSUMS}.part"
+    with part.open("w") as file:
+        json.dump(_checksums(folder), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, folder / _CHECKSUMS)
+
+
+def _problem(folder: pathlib.Path) -> str | None:
+    """"incomplete", "damaged" or None."""
+    path = folder / _CHECKSUMS
+    if not folder.name.isdigit() or not path.exists():
+        return "incomplete"
+    try:
+        expected = json.loads(path.read_bytes())
+    except ValueError:
+        return "damaged"
+    found = _checksums(folder)
+    if expected.keys() - found.keys():
+        return "incomplete"  # killed while removing it
+    return None if found == expected else "damaged"
+
+
+def _clean_up(root: pathlib.Path) -> None:
+    """Removes what a killed process left, and moves damaged checkpoints out of the way."""
+    for folder in sorted(root.iterdir()) if root.is_dir() else ():
+        problem = _problem(folder)
+        if problem == "incomplete":
+            print(f"warning: the checkpoint {folder} is incomplete: removed", file=sys.stderr)
+            shutil.rmtree(folder)
+        elif problem == "damaged":
+            place = root.parent / "damaged" / folder.name
+            while place.exists():
+                place = place.with_name(place.name + "_")
+            place.parent.mkdir(exist_ok=True)
+            os.rename(folder, place)
+            print(f"warning: the checkpoint {folder} is damaged: now {place}", file=sys.stderr)
+
+
+# --- Saving and restoring ---------------------------------------------------------------------
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -52,30 +131,39 @@ def _metadata(checkpointer, step: int) -> dict[str, dict]:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir.
+    """The checkpoints of one workdir, a context that ends when the last save is complete.
+
+    The first thing done is to clean up after a killed run.
 
     Args:
       workdir: folder of the run.
       best_metric: the metric whose highest value marks the best checkpoint.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, *, best_metric: str):
+    def __init__(self, workdir: str | os.PathLike, *, best_metric: str):
         self._best_metric = best_metric
+        self._root = pathlib.Path(workdir).absolute() / _FOLDER
+        if jax.process_index() == 0:
+            _clean_up(self._root)
+        multihost_utils.sync_global_devices("checkpoints are clean")
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
-            pathlib.Path(workdir).absolute() / _FOLDER,
+            self._root,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(2), policies.BestN(get_metric_fn=self._score, n=1)]
             ),
-            cleanup_tmp_directories=True,
         )
+        self._saving: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._complete = self.latest_step
 
     def _score(self, metrics) -> float:
         return metrics.get(self._best_metric, float("-inf")) if metrics else float("-inf")
 
     @property
     def latest_step(self) -> int | None:
+        """Of the latest checkpoint, complete or being saved."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
@@ -97,10 +185,50 @@ class Checkpoints:
         return {}
 
     def save(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """Starts to save; returns as soon as the arrays may change again."""
-        self._checkpointer.save_checkpointables_async(
-            int(state.step), _parts(state), metrics=metrics, force=True
-        )
+        """Starts to save; returns as soon as the arrays may change again.
+
+        Raises:
+          UserError: this or the last checkpoint cannot be written.
+        """
+        self.wait()
+        self._saving = threading.Thread(target=self._finish, args=self._start(state, metrics))
+        self._saving.start()
+
+    def _start(self, state: TrainState, metrics: dict[str, float]) -> tuple:
+        step = int(state.step)
+        try:
+            response = self._checkpointer.save_checkpointables_async(
+                step, _parts(state), metrics=metrics, force=True
+            )
+        except Exception as error:
+            self._error = error
+            self.wait()
+        return response, step
+
+    def _finish(self, response, step: int) -> None:
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                _write_checksums(self._root / str(step))
+            self._complete = step
+        except Exception as error:  # told by `wait`, in the main thread
+            self._error = error
+
+    def wait(self) -> None:
+        """Until the last save is complete.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        if self._saving is not None:
+            self._saving.join()
+            self._saving = None
+        if self._error is not None:
+            last = f"step {self._complete}" if self._complete else "the start"
+            raise UserError(
+                f"no checkpoint can be written to {self._root}: {_reason(self._error)}; the run "
+                f"can resume from {last}"
+            ) from self._error
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The latest state, placed as the shardings of `abstract` say.
@@ -125,6 +253,24 @@ class Checkpoints:
         state = jax.tree.unflatten(structure, [parts["train"][name] for name in names])
         return state.replace(ema=parts["ema"])
 
-    def close(self) -> None:
-        """Waits for the last save."""
-        self._checkpointer.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exc):
+        if kind is None:
+            self.wait()
+        elif self._saving is not None:
+            self._saving.join()
+        if self._error is None:  # Orbax would raise it again
+            self._checkpointer.close()
+
+
+def _reason(error: Exception) -> str:
+    """The system's own word in an error of Orbax, whose messages fill a page."""
+    while error is not None:
+        text = str(error)
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+            if os.strerror(code) in text:
+                return os.strerror(code)
+        error, last = error.__cause__ or error.__context__, error
+    return f"{type(last).__name__}: {str(last).splitlines()[0] if str(last) else ''}"

@@ -1,8 +1,8 @@
 """The training loop, the same for every task."""
 
-import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -10,6 +10,7 @@ import time
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -17,26 +18,43 @@ from vssd_jax.errors import UserError
 from vssd_jax.models.registry import find
 from vssd_jax.tasks import make_task
 from vssd_jax.training import optimizer as optim
+from vssd_jax.training import report
+from vssd_jax.training import workdir as folders
 from vssd_jax.training.checkpoints import Checkpoints
+from vssd_jax.training.distributed import is_main, say
 from vssd_jax.training.evaluation import Evaluator
 from vssd_jax.training.metrics import MetricWriter
-from vssd_jax.training.sharding import check_batch, device_batches, make_mesh
+from vssd_jax.training.sharding import check_batch, device_batches, make_mesh, state_shardings
 from vssd_jax.training.state import Functional, init_state, make_train_step
 from vssd_jax.weights.load import load
 
 
 class _StopSignal:
-    """Notes SIGTERM and SIGINT; a second one ends the process at once."""
+    """Notes SIGTERM and SIGINT; a second one ends the process at once.
+
+    Several processes agree on the step to stop at: JAX catches SIGTERM then, and SIGINT is
+    passed on as one.
+    """
 
     def __enter__(self):
         self.received = False
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._several = jax.process_count() > 1
+        signals = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._note) for number in signals}
         return self
 
     def _note(self, number, frame):
         if self.received:
             os._exit(128 + number)
         self.received = True
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def before(self, step: int) -> bool:
+        """Whether to stop before `step`; to be asked once for each."""
+        if self._several:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.received
 
     def __exit__(self, *exc):
         for number, handler in self._previous.items():
@@ -48,27 +66,19 @@ def pretrained(config: ml_collections.ConfigDict, num_classes: int) -> dict[str,
     loaded = load(config.init_from, model=config.model, overrides=config.model_options.to_dict())
     if loaded.num_classes == num_classes:
         return loaded.params
-    print(f"{config.init_from} has {loaded.num_classes} classes: the classifier starts fresh")
+    say(f"{config.init_from} has {loaded.num_classes} classes: the classifier starts fresh")
     classifier = find(config.model)[0].classifier
     return {n: value for n, value in loaded.params.items() if not n.startswith(classifier)}
 
 
-def _prepare_workdir(workdir: pathlib.Path, config: dict) -> None:
-    """Makes the folder and notes the config; a changed config is told, not refused."""
-    path = workdir / "config.json"
-    text = json.dumps(config, indent=2)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            old, new = json.loads(path.read_text()), json.loads(text)
-            changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-            if changed:
-                print(f"the config differs from this workdir's in {', '.join(changed)}")
-        part = path.with_suffix(".part")
-        part.write_text(text)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"the workdir {workdir} cannot be written: {error.strerror}") from error
+def _profiled_steps(text: str) -> range:
+    """The steps of `config.profile_steps`: "10:15" are 10, 11, ... 15."""
+    if not text:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or not 0 < int(match[1]) <= int(match[2]):
+        raise UserError(f"config.profile_steps={text!r} must be like 10:15, the first and the last")
+    return range(int(match[1]), int(match[2]) + 1)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
@@ -94,25 +104,20 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
     evaluate = Evaluator(task, functional, mesh)
     total = optim.total_steps(config, steps_per_epoch)
     eval_every = config.eval_every_epochs * steps_per_epoch
+    profiled = _profiled_steps(config.profile_steps)
     schedule = optim.make_schedule(config, steps_per_epoch)
     optimizer = optim.make_optimizer(config, schedule)
-    _prepare_workdir(workdir, {**config.to_dict(), "num_classes": task.num_classes})
+    described = {**config.to_dict(), "num_classes": task.num_classes}
 
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     replicated = NamedSharding(mesh, PartitionSpec())
     abstract = jax.eval_shape(lambda: init_state(functional, optimizer, init_key))
+    shardings = state_shardings(abstract, mesh)
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), abstract
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        shardings,
     )
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    checkpoints = Checkpoints(workdir, best_metric=task.best_metric)
-    start = checkpoints.latest_step or 0
-    if start:
-        state = checkpoints.restore(abstract)
-        print(f"resumed {workdir} at step {start} of {total}")
-    else:
-        weights = pretrained(config, task.num_classes) if config.init_from else None
-        state = jax.device_put(init_state(functional, optimizer, init_key, weights), shardings)
     train_step = jax.jit(
         make_train_step(
             functional,
@@ -125,56 +130,87 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
         out_shardings=(shardings, replicated),
     )
 
-    results = checkpoints.metrics(start) if start else {}
-    writer = MetricWriter(workdir, start)
-    batches = device_batches(task.train_batches(start), mesh)
-    progress = tqdm(
-        total=total, initial=start, unit="step", mininterval=1 if sys.stderr.isatty() else 20
-    )
-    pending, step = [], start
-    timed_from, since = start, time.perf_counter()
-    # The mesh in the context tells the kernels how the batch is split.
-    with jax.set_mesh(mesh), _StopSignal() as stop, progress:
-        while step < total and not stop.received:
-            state, metrics = train_step(state, next(batches), step_key)
-            step += 1
-            pending.append(metrics)
-            progress.update()
-            if step == start + 1:  # neither the speed nor the time left counts the compilation
-                jax.block_until_ready(metrics)
-                progress.unpause()
-                timed_from, since = step, time.perf_counter()
-            evaluating = step % eval_every == 0 or step == total
-            if step % config.log_every_steps == 0 or step == total or stop.received:
-                logged = _mean(jax.device_get(pending), "train/")
-                images = (step - timed_from) * config.batch_size
-                speed = images / (time.perf_counter() - since)
-                logged["train/learning_rate"] = float(schedule(step - 1))
-                logged["train/images_per_second"] = speed
-                _check_finite(int(state.nonfinite), config, step, logged, checkpoints)
-                writer.write(step, logged)
-                task.check(logged)
-                progress.set_postfix_str(f"{speed:.0f} images/s, loss {logged['train/loss']:.3f}")
-                pending, timed_from, since = [], step, time.perf_counter()
-            if evaluating or stop.received:
-                begin = time.perf_counter()
-                if evaluating:
-                    results = evaluate(state.ema)
-                    writer.write(step, results)
-                    writer.plot()
-                checkpoints.save(state, results if evaluating else {})
-                since += time.perf_counter() - begin  # the speed is that of training
-    checkpoints.close()
-    writer.close()
-    name = task.best_metric
-    if step < total:
-        print(f"stopped: {workdir} is saved at step {step} of {total}; the same command resumes")
-    else:
-        best = checkpoints.best_step
-        print(
-            f"done: {workdir} has {name} {results[name]:.4f} at step {step} "
-            f"(best {checkpoints.metrics(best)[name]:.4f} at step {best})"
+    with (
+        folders.opened(workdir, described, checkpoint_bytes=report.state_bytes(abstract)),
+        Checkpoints(workdir, best_metric=task.best_metric) as checkpoints,
+    ):
+        say(report.describe(described, mesh, abstract))
+        report.check_memory(report.device_bytes(abstract), "the training state")
+        start = checkpoints.latest_step or 0
+        if start:
+            state = checkpoints.restore(abstract)
+            say(f"resumed {workdir} at step {start} of {total}")
+        else:
+            weights = pretrained(config, task.num_classes) if config.init_from else None
+            state = jax.device_put(init_state(functional, optimizer, init_key, weights), shardings)
+        results = checkpoints.metrics(start) if start else {}
+        writer = MetricWriter(workdir, start)
+        progress = tqdm(
+            total=total,
+            initial=start,
+            unit="step",
+            mininterval=1 if sys.stderr.isatty() else 20,
+            disable=not is_main(),
         )
+        # The mesh in the context tells the kernels how the batch is split.
+        with jax.set_mesh(mesh), _StopSignal() as stop, progress:
+            batches = device_batches(task.train_batches(start), mesh)
+            program = None
+            pending, step, stopped = [], start, False
+            timed_from, since = start, time.perf_counter()
+            while step < total and not stopped:
+                batch = next(batches)
+                if program is None:
+                    program = train_step.lower(state, batch, step_key).compile()
+                    say(report.describe_program(program))
+                    report.check_memory(report.program_bytes(program), "a training step")
+                step += 1
+                if step in profiled and step - 1 not in profiled:
+                    jax.profiler.start_trace(workdir / "profile", create_perfetto_trace=True)
+                state, metrics = program(state, batch, step_key)
+                pending.append(metrics)
+                progress.update()
+                if step in profiled and step + 1 not in profiled:
+                    jax.block_until_ready(metrics)
+                    jax.profiler.stop_trace()
+                if step == start + 1:  # neither the speed nor the time left counts the compilation
+                    jax.block_until_ready(metrics)
+                    progress.unpause()
+                    timed_from, since = step, time.perf_counter()
+                stopped = stop.before(step + 1)
+                evaluating = step % eval_every == 0 or step == total
+                if step % config.log_every_steps == 0 or step == total or stopped:
+                    logged = _mean(jax.device_get(pending), "train/")
+                    images = (step - timed_from) * config.batch_size
+                    speed = images / (time.perf_counter() - since)
+                    logged["train/learning_rate"] = float(schedule(step - 1))
+                    logged["train/images_per_second"] = speed
+                    _check_finite(int(state.nonfinite), config, step, logged, checkpoints)
+                    writer.write(step, logged)
+                    task.check(logged)
+                    progress.set_postfix_str(
+                        f"{speed:.0f} images/s, loss {logged['train/loss']:.3f}"
+                    )
+                    pending, timed_from, since = [], step, time.perf_counter()
+                if evaluating or stopped:
+                    begin = time.perf_counter()
+                    if evaluating:
+                        results = evaluate(state.ema)
+                        writer.write(step, results)
+                        writer.plot()
+                    checkpoints.save(state, results if evaluating else {})
+                    since += time.perf_counter() - begin  # the speed is that of training
+        checkpoints.wait()
+        writer.close()
+        name = task.best_metric
+        if step < total:
+            say(f"stopped: {workdir} is saved at step {step} of {total}; the same command resumes")
+        else:
+            best = checkpoints.best_step
+            say(
+                f"done: {workdir} has {name} {results[name]:.4f} at step {step} "
+                f"(best {checkpoints.metrics(best)[name]:.4f} at step {best})"
+            )
     return results
 
 

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vssd_jax.errors import UserError
 
 _PREFETCH = 2  # batches on the devices ahead of the step
+_MIN_SHARDED = 2**12  # values; smaller arrays are cheaper to keep everywhere
 
 
 def make_mesh(axes: dict[str, int]) -> Mesh:
@@ -34,6 +35,28 @@ def check_batch(name: str, size: int, devices: int, parts: int = 1) -> None:
             f"config.{name}={size} does not divide over {devices} devices{accumulation}; "
             f"use a multiple of {devices * parts}"
         )
+
+
+def state_shardings(state, mesh: Mesh):
+    """The sharding of each array of a tree: large ones are split over the mesh's axis "fsdp".
+
+    An array is split along its longest axis that divides; XLA gathers it where it is used.
+
+    Args:
+      state: arrays or their shapes.
+      mesh: the devices.
+    """
+    parts = mesh.shape.get("fsdp", 1)
+
+    def sharding(leaf):
+        spec = [None] * leaf.ndim
+        if parts > 1 and leaf.size >= _MIN_SHARDED:
+            axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % parts == 0]
+            if axes:
+                spec[max(axes, key=lambda axis: leaf.shape[axis])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(sharding, state)
 
 
 def device_batches(batches: Iterator[dict], mesh: Mesh) -> Iterator[dict]:

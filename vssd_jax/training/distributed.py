@@ -1,0 +1,60 @@
+"""Several processes that train one model."""
+
+import jax
+
+from vssd_jax.errors import UserError
+
+# How long a silent process is waited for, in seconds.
+_HEARTBEAT_TIMEOUT = 30
+
+
+def initialize(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of a run; before anything else is computed.
+
+    Args:
+      coordinator: host:port of process 0; None leaves all three to what JAX finds in the
+        environment (SLURM, Kubernetes, Open MPI, TPU).
+      num_processes, process_id: how many, and which of them this one is.
+
+    Raises:
+      UserError: nothing was found, or the others cannot be reached.
+    """
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            # All devices of the machine belong to this process, unless a cluster says otherwise.
+            cluster_detection_method=None if coordinator is None else "deactivate",
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the processes of the run cannot be joined: {str(error).splitlines()[0]}; outside of "
+            "SLURM, Kubernetes, Open MPI and TPUs give --coordinator=HOST:PORT, --num_processes "
+            "and --process_id"
+        ) from error
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes files."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints once for all processes."""
+    if is_main():
+        print(text, flush=True)
+
+
+def failure(error: Exception) -> str | None:
+    """A line for an error that several processes have when one of them ends; else None."""
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        return (
+            f"process {jax.process_index()} of {jax.process_count()} cannot go on, probably since "
+            f"another one ended ({str(error).splitlines()[0][:200]}); start them all again, and "
+            "the run resumes"
+        )
+    return None

@@ -1,0 +1,84 @@
+"""What a run tells of itself before its first step."""
+
+import importlib.metadata
+import json
+import math
+import platform
+
+import jax
+from clu import parameter_overview
+
+from vssd_jax.errors import UserError
+from vssd_jax.training.state import TrainState
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+
+
+def state_bytes(state: TrainState) -> int:
+    """Of the whole state: the size of a checkpoint."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def device_bytes(tree) -> int:
+    """Of the part of sharded arrays (or their shapes) that lies on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def describe(config: dict, mesh: jax.sharding.Mesh, state: TrainState) -> str:
+    """Versions, devices, mesh, parameters, memory of the state and config.
+
+    Args:
+      config: of the run.
+      mesh: the devices.
+      state: abstract, with shardings.
+    """
+    versions = [f"python {platform.python_version()}"]
+    versions += [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    devices = jax.devices()
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return "\n".join(
+        (
+            f"versions: {', '.join(versions)}",
+            f"devices: {len(devices)} {devices[0].device_kind}, {jax.process_count()} processes",
+            f"mesh: {axes}",
+            parameter_overview.get_parameter_overview(
+                state.params, include_stats=False, max_lines=None
+            ),
+            f"config: {json.dumps(config, indent=2)}",
+            f"memory per device: state {_size(device_bytes(state))}",
+        )
+    )
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Raises a UserError if a device has less than `needed` bytes, where it tells."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    if limit is not None and needed > limit:
+        raise UserError(
+            f"{what} takes {_size(needed)} of memory per device, and there are {_size(limit)}; use "
+            "a smaller config.batch_size, config.accumulate, config.remat or an fsdp axis in "
+            "config.mesh"
+        )
+
+
+def program_bytes(program: jax.stages.Compiled) -> int:
+    """Memory per device while a compiled program runs, its arguments included."""
+    memory = program.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+def describe_program(program: jax.stages.Compiled) -> str:
+    return f"memory per device: training step {_size(program_bytes(program))}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
