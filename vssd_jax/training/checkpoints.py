@@ -149,6 +149,10 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         self._checkpointer = ocp.training.Checkpointer(
             self._root,
+            # If a folder cannot be made in the background, Orbax waits five minutes for it.
+            context=ocp.Context(
+                async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)
+            ),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(2), policies.BestN(get_metric_fn=self._score, n=1)]
