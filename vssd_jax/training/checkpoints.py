@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from vssd_jax.errors import UserError
+from vssd_jax.training.distributed import failure, is_main
 from vssd_jax.training.state import TrainState
 
 _FOLDER = "checkpoints"
@@ -143,16 +144,16 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, *, best_metric: str):
         self._best_metric = best_metric
         self._root = pathlib.Path(workdir).absolute() / _FOLDER
-        if jax.process_index() == 0:
+        if is_main():
             _clean_up(self._root)
         multihost_utils.sync_global_devices("checkpoints are clean")
         policies = ocp.training.preservation_policies
+        context = ocp.Context()
+        # If a folder cannot be made in the background, Orbax waits five minutes for it.
+        context.asynchronous.create_directories_asynchronously = False
         self._checkpointer = ocp.training.Checkpointer(
             self._root,
-            # If a folder cannot be made in the background, Orbax waits five minutes for it.
-            context=ocp.Context(
-                async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)
-            ),
+            context=context,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(2), policies.BestN(get_metric_fn=self._score, n=1)]
@@ -212,7 +213,7 @@ class Checkpoints:
     def _finish(self, response, step: int) -> None:
         try:
             response.result()
-            if jax.process_index() == 0:
+            if is_main():
                 _write_checksums(self._root / str(step))
             self._complete = step
         except Exception as error:  # told by `wait`, in the main thread
@@ -228,6 +229,8 @@ class Checkpoints:
             self._saving.join()
             self._saving = None
         if self._error is not None:
+            if failure(self._error):
+                raise self._error
             last = f"step {self._complete}" if self._complete else "the start"
             raise UserError(
                 f"no checkpoint can be written to {self._root}: {_reason(self._error)}; the run "

@@ -50,11 +50,13 @@ def say(text: str) -> None:
 
 
 def failure(error: Exception) -> str | None:
-    """A line for an error that several processes have when one of them ends; else None."""
-    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-        return (
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on, probably since "
-            f"another one ended ({str(error).splitlines()[0][:200]}); start them all again, and "
-            "the run resumes"
-        )
-    return None
+    """A line for an error that a process has when another one of its run ends; else None."""
+    if jax.process_count() == 1:
+        return None
+    text = str(error).splitlines()[0] if str(error) else ""
+    if not isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" not in text:
+        return None
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} cannot go on, probably since "
+        f"another one ended ({text[:200]}); start them all again, and the run resumes"
+    )

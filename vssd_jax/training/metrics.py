@@ -6,6 +6,8 @@ import pathlib
 
 from tensorboardX import SummaryWriter
 
+from vssd_jax.training.distributed import is_main
+
 
 def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
     """The lines of `metrics.jsonl`; a line that a killed run left unfinished is dropped."""
@@ -22,7 +24,7 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
 
 
 class MetricWriter:
-    """Writes named scalars by step.
+    """Writes named scalars by step; of several processes the main one.
 
     Args:
       workdir: folder of the run.
@@ -31,6 +33,8 @@ class MetricWriter:
 
     def __init__(self, workdir: str | pathlib.Path, start_step: int):
         self._workdir = pathlib.Path(workdir)
+        if not is_main():
+            return
         kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
         path = self._workdir / "metrics.jsonl"
         part = path.with_suffix(".part")
@@ -40,6 +44,8 @@ class MetricWriter:
         self._tensorboard = SummaryWriter(str(self._workdir), purge_step=start_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        if not is_main():
+            return
         values = {name: float(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
@@ -48,6 +54,8 @@ class MetricWriter:
 
     def plot(self) -> None:
         """Draws every metric against the step into `curves.png`."""
+        if not is_main():
+            return
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -74,5 +82,7 @@ class MetricWriter:
         os.replace(part, self._workdir / "curves.png")
 
     def close(self) -> None:
+        if not is_main():
+            return
         self._file.close()
         self._tensorboard.close()
