@@ -76,7 +76,8 @@ def test_a_flipped_bit_in_any_file_is_found(tmp_path, capsys):
         data[rng.integers(len(data))] ^= 1 << rng.integers(8)
         victim.write_bytes(data)
         ema, step = read_ema(workdir)
-        assert step == 2 and all((value == 2).all() for value in ema.values())
+        assert step == 2
+        assert all((value == 2).all() for value in ema.values())
         assert f"{workdir}/checkpoints/3" in capsys.readouterr().err
         assert restored_step(workdir) == 2
         assert f"{workdir}/checkpoints/3" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from configs.digits import get_config
 from tests.conftest import ROOT
 from vssd_jax.errors import UserError
 from vssd_jax.tasks.classification import Classification
-from vssd_jax.training.checkpoints import read_ema
+from vssd_jax.training.checkpoints import read_ema, read_part
 from vssd_jax.training.evaluation import evaluate_weights
 from vssd_jax.training.loop import pretrained, train
 from vssd_jax.training.metrics import read_metrics
@@ -112,27 +112,56 @@ def test_a_finished_run_is_not_repeated(run, capsys):
     before = (workdir / "metrics.jsonl").read_bytes()
     assert train(config, workdir) == results
     assert (workdir / "metrics.jsonl").read_bytes() == before
-    assert f"{results['val/top1']:.4f}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{results['val/top1']:.4f}" in told
+    for word in ("versions: python", "devices: 1 cpu", "mesh: data 1, fsdp 1", "head.kernel",
+                 "memory per device: state", '"batch_size": 128'):  # fmt: skip
+        assert word in told
 
 
 def test_a_stopped_run_resumes_as_if_never_stopped(run, tmp_path, monkeypatch, capsys):
     config, workdir, results, _ = run
-    real, stop_at = Classification.train_batches, EPOCH + 4
+    real, stop_at = Classification.train_batches, [3, EPOCH + 4, 2 * EPOCH - 1]
 
     def stopping(self, start_step):
         for index, batch in enumerate(real(self, start_step), start_step):
-            if index == stop_at:
+            if stop_at and index == stop_at[0]:
                 os.kill(os.getpid(), signal.SIGTERM)
+                del stop_at[0]
             yield batch
 
     monkeypatch.setattr(Classification, "train_batches", stopping)
-    train(config, tmp_path)
-    stopped = max(losses(tmp_path))
-    assert EPOCH < stopped < 2 * EPOCH
-    assert "stopped" in capsys.readouterr().out
-    monkeypatch.setattr(Classification, "train_batches", real)
+    for _ in range(3):
+        train(config, tmp_path)
+        assert "stopped" in capsys.readouterr().out
     assert train(config, tmp_path) == results
     assert losses(tmp_path) == losses(workdir)
+    # The state too, bit for bit.
+    for part in ("ema", "train"):
+        whole, resumed = (
+            read_part(folder / f"checkpoints/{2 * EPOCH}", part) for folder in (workdir, tmp_path)
+        )
+        assert len(whole) > 100
+        assert whole.keys() == resumed.keys()
+        for name, value in whole.items():
+            np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+
+
+def test_a_workdir_in_use_is_refused(run):
+    config, workdir, _, _ = run
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX)"
+    hold += "; print(flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(workdir / "lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="in use by process"):
+            train(config, workdir)
+        other.stdin.write("\n")
 
 
 @pytest.mark.parametrize("num_classes", [10, 12])
@@ -171,11 +200,13 @@ from tests.training.test_loop import small_config
 from vssd_jax.training.loop import train
 config = small_config(sys.argv[1])
 config.update(steps=20, eval_batch_size=120, dtype="float64", mesa=0.0)
+config.mesh.fsdp = 4 if sys.argv[2].endswith("8") else 1
 train(config, sys.argv[2])
 """
 
 
 def test_eight_devices_train_as_one(tmp_path, data_dir):
+    # The eight split the parameters too: {"data": 2, "fsdp": 4}.
     workdirs = [tmp_path / str(devices) for devices in (1, 8)]
     for workdir in workdirs:
         count = f"--xla_force_host_platform_device_count={workdir.name}"
@@ -194,6 +225,10 @@ def test_eight_devices_train_as_one(tmp_path, data_dir):
     one, eight = (read_metrics(workdir)[-1] for workdir in workdirs)
     assert eight["val/loss"] == pytest.approx(one["val/loss"], abs=1e-5)
     assert eight["val/top1"] == one["val/top1"]
+    # A checkpoint of the one mesh is read on another: here, on one device.
+    (one, _), (eight, _) = (read_ema(workdir) for workdir in workdirs)
+    for name, value in one.items():
+        np.testing.assert_allclose(eight[name], value, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +237,8 @@ def test_eight_devices_train_as_one(tmp_path, data_dir):
         ({"batch_size": 0}, "batch_size=0 does not divide"),
         ({"accumulate": 3}, "use a multiple of 3"),
         ({"mesh": {"data": 3}}, "does not fit 1 devices"),
+        ({"mesh": {"data": -1, "fsdp": 2}}, "does not fit 1 devices"),
+        ({"profile_steps": "15:10"}, "must be like 10:15"),
         ({"batch_size": 2048}, "more than the 1437 images"),
         ({"dataset": "digit"}, "did you mean 'digits'"),
         ({"task": "sorting"}, "unknown task"),

@@ -44,13 +44,18 @@ def read_ema(workdir: str | os.PathLike) -> tuple[dict[str, np.ndarray], int]:
             break
     else:
         raise UserError(f"{workdir} has no checkpoint yet")
+    return read_part(folder, "ema"), step
+
+
+def read_part(folder: pathlib.Path, part: str) -> dict[str, np.ndarray]:
+    """The arrays of one part of a checkpoint, "ema" or "train", by name."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-        for name, leaf in ocp.checkpointables_metadata(folder).metadata["ema"].items()
+        for name, leaf in ocp.checkpointables_metadata(folder).metadata[part].items()
     }
-    ema = ocp.load_checkpointables(folder, {"ema": abstract})["ema"]
-    return {name: np.asarray(value) for name, value in ema.items()}, step
+    arrays = ocp.load_checkpointables(folder, {part: abstract})[part]
+    return {name: np.asarray(value) for name, value in arrays.items()}
 
 
 def _steps(root: pathlib.Path) -> list[int]:
