@@ -48,6 +48,8 @@ def base_config() -> ml_collections.ConfigDict:
     config.mesh = {"data": -1, "fsdp": 1}
     config.profile_steps = ""  # "10:15" writes a trace of these steps to <workdir>/profile
     config.eval_every_epochs = 1
+    # Checkpoints between the evaluations, each of which makes one.
+    config.save_every_steps = ml_collections.config_dict.placeholder(int)
     config.log_every_steps = 50
     return config
 

@@ -192,7 +192,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
                         f"{speed:.0f} images/s, loss {logged['train/loss']:.3f}"
                     )
                     pending, timed_from, since = [], step, time.perf_counter()
-                if evaluating or stopped:
+                if evaluating or stopped or step % (config.save_every_steps or total) == 0:
                     begin = time.perf_counter()
                     if evaluating:
                         results = evaluate(state.ema)
