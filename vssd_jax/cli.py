@@ -101,7 +101,7 @@ def run(main: Callable[[], None]) -> None:
         return rest
 
     def guarded(argv):
-        logging.set_verbosity(logging.WARNING)
+        logging.set_verbosity(logging.FATAL)  # Orbax prints what it raises, too: a page
         try:
             main()
         except UserError as error:
