@@ -37,6 +37,8 @@ def base_config() -> ml_collections.ConfigDict:
     config.warmup_epochs = 0.0
     config.warmup_steps = ml_collections.config_dict.placeholder(int)  # instead of epochs
     config.decay_epochs = ()  # of schedule "steps": a tenth after each
+    config.betas = (0.9, 0.999)  # of AdamW
+    config.epsilon = 1e-8
     config.weight_decay = 0.05
     config.no_decay = "vectors"  # or "norms"
     config.clip_grad_norm = 5.0  # 0: no clipping
@@ -60,11 +62,13 @@ def classification_config() -> ml_collections.ConfigDict:
     config.label_smoothing = 0.1
     config.mixup_alpha = 0.0
     config.cutmix_alpha = 0.0
+    config.cutmix_probability = 0.5  # of a batch, where both are on; otherwise mixup
+    config.augmentation = {}  # fields of vssd_jax.data.transforms.TrainTransform
     config.mesa = 0.0  # weight of the distance to the averaged model; 0: none
     config.mesa_start_epoch = 0
     # A folder for decoded training pictures, where the processors cannot keep up.
     config.cache_decoded = ml_collections.config_dict.placeholder(str)
-    config.max_unreadable = 0.01  # share of unreadable pictures that ends the run
+    config.max_unreadable = 0.01  # a greater share of unreadable pictures ends the run
     return config
 
 
@@ -79,12 +83,26 @@ def imagenet_config() -> ml_collections.ConfigDict:
     config.learning_rate_batch = 512
     config.warmup_epochs = 20
     config.warmup_learning_rate = 5e-7
+    config.betas = (0.9, 0.999)
+    config.epsilon = 1e-8
     config.weight_decay = 0.05
     config.clip_grad_norm = 5.0
     config.ema_decay = 0.9999
     config.label_smoothing = 0.1
     config.mixup_alpha = 0.8
     config.cutmix_alpha = 1.0
+    config.cutmix_probability = 0.5
+    config.augmentation = {
+        "crop_area": (0.08, 1.0),
+        "crop_aspect": (3 / 4, 4 / 3),
+        "flip_probability": 0.5,
+        "randaugment_num_ops": 2,
+        "randaugment_magnitude": 9.0,
+        "randaugment_magnitude_std": 0.5,
+        "erase_probability": 0.25,
+        "erase_area": (0.02, 1 / 3),
+        "erase_aspect": (0.3, 1 / 0.3),
+    }
     config.mesa_start_epoch = 75
     config.log_every_steps = 100
     return config

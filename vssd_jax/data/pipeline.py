@@ -4,6 +4,7 @@ Batch i of the training stream holds the same samples, in the same order and wit
 random transforms, whatever the number of workers and processes, and also after a resume.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 
 import grain
@@ -20,6 +21,8 @@ def _iterate(dataset: grain.MapDataset, num_workers: int) -> Iterator[dict]:
         yield from iterator
     finally:  # ends the workers and frees the memory that they share
         getattr(iterator, "close", lambda: None)()
+        del iterator
+        gc.collect()  # Grain's threads end in a reference cycle that holds the last batches
 
 
 def train_batches(

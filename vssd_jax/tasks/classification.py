@@ -81,7 +81,7 @@ class Classification:
             return digits.TrainTransform(size), digits.EvalTransform(size)
         from vssd_jax.data.transforms import EvalTransform, TrainTransform
 
-        return TrainTransform(image_size=size), EvalTransform(size)
+        return TrainTransform(size, **self.config.augmentation), EvalTransform(size)
 
     @property
     def train_size(self) -> int:
@@ -137,6 +137,7 @@ class Classification:
             num_classes=self.num_classes,
             mixup_alpha=config.mixup_alpha,
             cutmix_alpha=config.cutmix_alpha,
+            switch_prob=config.cutmix_probability,
             smoothing=config.label_smoothing,
         )
         logits = model(images, rngs)
@@ -150,17 +151,20 @@ class Classification:
 
     def check(self, metrics: dict[str, float]) -> None:
         """Raises a UserError if the averages of the last steps show broken data."""
-        share = metrics["train/unreadable"]
+        self._check_unreadable(metrics["train/unreadable"], "the last pictures")
+
+    def _check_unreadable(self, share: float, pictures: str) -> None:
         if share > self.config.max_unreadable:
             raise UserError(
-                f"{share:.1%} of the last pictures of {self.config.data_dir} are unreadable, more "
-                f"than config.max_unreadable={self.config.max_unreadable:.1%}; check the files"
+                f"{share:.1%} of {pictures} of {self.config.data_dir} are unreadable, more than "
+                f"config.max_unreadable={self.config.max_unreadable:.1%}; check the files"
             )
 
     def eval_step(self, model, batch) -> dict:
-        """Sums over the valid images of a batch."""
+        """Sums over the images of a batch, without padding and unreadable ones."""
         logits = model(image_ops.normalize(batch["image"]))
-        valid = batch["valid"]
+        replaced = batch["replaced"].astype(bool)  # its neighbour counts in its own place
+        valid = batch["valid"] & ~replaced
         rank = label_rank(logits, batch["label"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return {
@@ -168,15 +172,22 @@ class Classification:
             "top5": jnp.sum((rank < 5) & valid),
             "loss": jnp.sum(jnp.where(valid, losses, 0)),
             "count": jnp.sum(valid),
+            "unreadable": jnp.sum(batch["valid"] & replaced),
         }
 
     def summarize(self, outputs: Iterator[dict]) -> dict[str, float]:
-        """The metrics of an evaluation, from the host copies of all `eval_step` outputs."""
+        """The metrics of an evaluation, from the host copies of all `eval_step` outputs.
+
+        Raises a UserError if too many pictures are unreadable.
+        """
         sums = collections.Counter()
         for output in outputs:
             sums.update({name: float(value) for name, value in output.items()})
-        count = sums.pop("count")
-        return {f"val/{name}": value / count for name, value in sums.items()}
+        count, unreadable = sums.pop("count"), sums.pop("unreadable")
+        share = unreadable / (count + unreadable)
+        self._check_unreadable(share, "the pictures for evaluation")
+        means = {f"val/{name}": value / count for name, value in sums.items()}
+        return {**means, "val/unreadable": share}
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

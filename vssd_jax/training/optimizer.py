@@ -69,11 +69,12 @@ def make_optimizer(
     config: ml_collections.ConfigDict, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay, after clipping by the global norm."""
+    b1, b2 = config.betas
     adamw = optax.adamw(
         schedule,
-        b1=0.9,
-        b2=0.999,
-        eps=1e-8,
+        b1=b1,
+        b2=b2,
+        eps=config.epsilon,
         weight_decay=config.weight_decay,
         mask=lambda params: decay_mask(params, config.no_decay),
     )

@@ -1,0 +1,118 @@
+"""Every config, whole, as recorded beside this file, and ImageNet's against the paper's recipe.
+
+`configs/tiny.json` here holds what `--config configs/tiny.py` and `configs/tiny.py:mesa` give. To
+record a new config, or a change that is meant, name all arguments that it is to be recorded with:
+
+    python -m tests.configs.test_configs configs/tiny.py configs/tiny.py:mesa
+"""
+
+import importlib
+import json
+import math
+import pathlib
+import sys
+
+import pytest
+
+from vssd_jax.data.transforms import TrainTransform
+from vssd_jax.models.vssd import VSSDConfig
+from vssd_jax.training.optimizer import make_schedule
+
+FOLDER = pathlib.Path(__file__).parent
+RECORDED = {
+    name: fields
+    for file in sorted(FOLDER.glob("*.json"))
+    for name, fields in json.loads(file.read_text()).items()
+}
+
+
+def get_config(name):
+    """The config that `--config NAME` gives."""
+    path, colon, argument = name.partition(":")
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    return module.get_config(argument) if colon else module.get_config()
+
+
+def contents(name):
+    return json.loads(json.dumps(get_config(name).to_dict()))  # tuples become lists
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_holds_what_is_recorded(name):
+    assert contents(name) == RECORDED[name]
+
+
+def test_every_config_is_recorded():
+    files = {f"configs/{file.name}" for file in (FOLDER.parents[1] / "configs").glob("*.py")}
+    assert {name.partition(":")[0] for name in RECORDED} == files
+
+
+# variant: batch, learning rate and minimum for a batch of 512, drop path, MESA's weight
+PAPER = {
+    "micro": (1024, 5e-4, 5e-6, 0.1, None),
+    "tiny": (1024, 5e-4, 5e-6, 0.2, 1.0),
+    "small": (2048, 3e-4, 3e-6, 0.4, 1.5),
+    "base": (2048, 3e-4, 3e-6, 0.6, 2.0),
+}
+
+
+@pytest.mark.parametrize("variant", PAPER)
+def test_imagenet_follows_the_paper(variant):
+    batch, peak, minimum, drop_path, mesa = PAPER[variant]
+    config = get_config(f"configs/{variant}.py")
+    assert config.model == f"vssd_{variant}"
+    assert config.model_options.to_dict() == {}
+    assert getattr(VSSDConfig, variant)().drop_path == drop_path
+    assert (config.batch_size, config.epochs, config.steps) == (batch, 300, None)
+    assert (config.image_size, config.dtype) == (224, "bfloat16")
+
+    steps = 1_281_167 // batch  # an epoch's
+    schedule = make_schedule(config, steps)
+    for epoch in (0, 10, 20, 90, 160, 300):
+        rate = 5e-7 + (peak - 5e-7) * epoch / 20
+        if epoch > 20:
+            cosine = (1 + math.cos(math.pi * (epoch - 20) / 280)) / 2
+            rate = minimum + (peak - minimum) * cosine
+        # To the float32 rounding of the peak.
+        expected = pytest.approx(rate * batch / 512, abs=2e-10)
+        assert float(schedule(epoch * steps)) == expected
+
+    assert (*config.betas, config.epsilon) == (0.9, 0.999, 1e-8)
+    assert (config.weight_decay, config.no_decay) == (0.05, "vectors")
+    assert (config.clip_grad_norm, config.ema_decay, config.label_smoothing) == (5, 0.9999, 0.1)
+    assert (config.mixup_alpha, config.cutmix_alpha, config.cutmix_probability) == (0.8, 1.0, 0.5)
+    assert TrainTransform(224, **config.augmentation) == TrainTransform(
+        image_size=224,
+        crop_area=(0.08, 1.0),
+        crop_aspect=(3 / 4, 4 / 3),
+        flip_probability=0.5,
+        randaugment_num_ops=2,
+        randaugment_magnitude=9.0,
+        randaugment_magnitude_std=0.5,
+        erase_probability=0.25,
+        erase_area=(0.02, 1 / 3),
+        erase_aspect=(0.3, 1 / 0.3),
+    )
+
+    assert config.mesa == 0
+    if mesa is None:
+        with pytest.raises(ValueError, match="takes none"):
+            get_config(f"configs/{variant}.py:mesa")
+        return
+    with_mesa = get_config(f"configs/{variant}.py:mesa")
+    assert (with_mesa.mesa, with_mesa.mesa_start_epoch) == (mesa, 75)
+    with_mesa.mesa = 0.0
+    assert with_mesa.to_dict() == config.to_dict()
+
+
+def record(names):
+    files = {}
+    for name in names:
+        file = FOLDER / pathlib.Path(name.partition(":")[0]).with_suffix(".json").name
+        files.setdefault(file, {})[name] = get_config(name).to_dict()
+    for file, configs in files.items():
+        file.write_text(json.dumps(configs, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    record(sys.argv[1:])
