@@ -1,0 +1,103 @@
+"""Grain's batches: shares of processes, workers, and what they leave behind."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+from absl import flags
+
+from vssd_jax.data.decode import DecodedSource
+from vssd_jax.data.pipeline import eval_batches, train_batches
+from vssd_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True, scope="module")
+def parsed_flags():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["tests"])  # Grain's workers read absl flags
+
+
+class Numbers:
+    """Element i holds i."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return {"index": np.int64(index)}
+
+
+def unchanged(element):
+    return element
+
+
+def drawn(element, rng):
+    return {**element, "draw": rng.random()}
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("length", [1, 23, 24, 25])
+def test_evaluation_counts_every_element_once(length, processes):
+    """Over all processes, whether the last batch is full, short or nearly empty."""
+    shares = [
+        list(
+            eval_batches(
+                Numbers(length),
+                unchanged,
+                batch_size=12,
+                process_index=process,
+                process_count=processes,
+            )
+        )
+        for process in range(processes)
+    ]
+    # Every process takes part in every step, with its rows of the global batch.
+    assert {len(share) for share in shares} == {-(-length // 12)}
+    assert {len(batch["index"]) for share in shares for batch in share} == {12 // processes}
+    seen = [batch["index"][batch["valid"]] for step in zip(*shares, strict=True) for batch in step]
+    np.testing.assert_array_equal(np.concatenate(seen), np.arange(length))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_training_shares_make_up_the_global_batch(processes):
+    """Also after a resume, over the border of an epoch."""
+
+    def take(count, **options):
+        batches = train_batches(Numbers(40), drawn, batch_size=12, seed=5, **options)
+        return [next(batches) for _ in range(count)]
+
+    expected = take(6)[2:]
+    shares = [
+        take(4, start_step=2, process_index=process, process_count=processes)
+        for process in range(processes)
+    ]
+    for step, batches in enumerate(zip(*shares, strict=True)):
+        for key in ("index", "draw"):
+            whole = np.concatenate([batch[key] for batch in batches])
+            np.testing.assert_array_equal(whole, expected[step][key])
+
+
+def test_a_users_error_leaves_the_workers_as_it_is():
+    source = DecodedSource([{"image": b"broken", "label": 0}] * 8)
+    batches = eval_batches(source, unchanged, batch_size=4, num_workers=1)
+    with pytest.raises(UserError, match="8 pictures in a row cannot be read"):
+        next(batches)
+
+
+def test_workers_memory_is_freed():
+    """Grain's arrays lie in shared memory, which outlives what nobody deletes."""
+    gc.disable()  # a collection may come too late
+    try:
+        held = []
+        for batch in eval_batches(Numbers(24), unchanged, batch_size=4, num_workers=2):
+            held.append(weakref.ref(batch["index"]))
+        assert hasattr(batch["index"], "shm")
+        del batch
+        assert len(held) == 6
+        assert not any(reference() is not None for reference in held)
+    finally:
+        gc.enable()
