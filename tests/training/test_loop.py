@@ -10,12 +10,19 @@ import jax
 import numpy as np
 import optax
 import pytest
+import scipy.special
 from absl import flags
 
 from configs.digits import get_config
-from tests.conftest import ROOT
+from tests.conftest import GOLDEN, ROOT
+from tests.golden.synthetic import _rng
+from tests.golden_model import golden_images, golden_weights, relative_error
+from tests.golden_model import run as run_model
+from vssd_jax.config import classification_config
 from vssd_jax.errors import UserError
+from vssd_jax.tasks import classification
 from vssd_jax.tasks.classification import Classification
+from vssd_jax.training import loop
 from vssd_jax.training.checkpoints import read_ema, read_part
 from vssd_jax.training.evaluation import evaluate_weights
 from vssd_jax.training.loop import pretrained, train
@@ -190,6 +197,65 @@ def test_another_model_in_the_workdir_is_refused(run):
     other.model_options = {**config.model_options, "d_state": 4}
     with pytest.raises(UserError, match="does not fit the config"):
         train(other, workdir)
+
+
+class GoldenTask(Classification):
+    """Classification of the golden case's normalised images, with soft targets."""
+
+    train_size, dataset_classes = 6 * 4, 10  # six steps an epoch
+
+    def train_batches(self, start_step):
+        for index in range(start_step, 12):
+            yield {
+                "image": golden_images((4, 3, 64, 64), 100 + index, np.float64),
+                "label": _rng("targets", 100 + index).dirichlet(np.full(10, 0.3), 4),
+                "replaced": np.zeros(4, np.int32),
+            }
+
+    def eval_batches(self):
+        yield {
+            "image": golden_images((2, 3, 64, 64), dtype=np.float64),
+            "label": np.array([3, 7]),
+            "replaced": np.zeros(2, np.int32),
+            "valid": np.ones(2, bool),
+        }
+
+
+def test_training_follows_the_authors_code(x64, tmp_path, monkeypatch):
+    """Twelve steps in float64 with MESA, the average of weights and statistics, and clipping."""
+    golden = np.load(GOLDEN / "training_nano.npz")
+    settings = json.loads(str(golden["settings"]))
+    config = classification_config()
+    config.update(
+        model="vssd_nano", dtype="float64", batch_size=4, eval_batch_size=2, epochs=2,
+        eval_every_epochs=2, log_every_steps=1, mesa=settings["mesa"], mesa_start_epoch=1,
+        ema_decay=settings["ema_decay"], weight_decay=settings["weight_decay"],
+        clip_grad_norm=settings["clip_grad_norm"],
+        # A warm-up that ends with the run: 2.5e-5 more at every step.
+        warmup_learning_rate=2.5e-5, learning_rate=3.25e-4, warmup_steps=12,
+    )  # fmt: skip
+    monkeypatch.setattr(loop, "make_task", GoldenTask)
+    monkeypatch.setattr(loop, "pretrained", lambda *_: golden_weights("classification_nano"))
+    config.init_from = "the golden weights"
+    monkeypatch.setattr(classification.image_ops, "normalize", lambda images: images)
+    monkeypatch.setattr(
+        classification, "mixup_cutmix", lambda key, images, labels, **_: (images, labels)
+    )
+    train(config, tmp_path)
+
+    lines = read_metrics(tmp_path)
+    for index, line in enumerate(lines[:12]):
+        assert line["train/learning_rate"] == pytest.approx(golden["lr"][index], rel=1e-9)
+        assert line["train/loss"] == pytest.approx(golden["loss"][index], rel=1e-9)
+        assert line["train/grad_norm"] == pytest.approx(golden["grad_norm"][index], rel=1e-8)
+    # The average, as evaluated and as saved.
+    logits = golden["final_ema_logits"]
+    expected = scipy.special.logsumexp(logits, axis=1) - logits[[0, 1], [3, 7]]
+    assert lines[12]["val/loss"] == pytest.approx(expected.mean(), rel=1e-7)
+    functional = Functional(GoldenTask(config).build)
+    images = golden_images((2, 3, 64, 64), dtype=np.float64)
+    result = run_model(functional.merge(read_ema(tmp_path)[0], training=False), images)
+    assert relative_error(result, logits) < 1e-7
 
 
 SEVERAL_DEVICES = """
