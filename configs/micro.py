@@ -4,9 +4,9 @@
 
 Expected top-1: 82.5 %.
 Hours on 8 GPUs: 1.0 on 8 H200 by arithmetic, not measured: 300 epochs of 1,281,167 images at 70 %
-of 148,700 images/s, tiny's memory roofline of a training step scaled by multiply-adds.
-The processors rarely decode as fast: 96 cores at 325 images/s each (benchmarks/input_pipeline.py)
-take 3.4 hours; see `config.cache_decoded`.
+of 148,700 images/s, tiny's memory roofline of a training step scaled by multiply-adds. The
+processors take longer: 3.4 hours with 96 cores (--config.num_workers=96) at 325 images/s each
+(benchmarks/input_pipeline.py); see `config.cache_decoded`.
 """
 
 from vssd_jax.config import imagenet_config

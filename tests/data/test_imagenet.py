@@ -209,7 +209,6 @@ def check_run(result, workdir):
     assert steps[epoch - 1]["train/mesa"] == 0 < steps[epoch]["train/mesa"]
     # Without MESA's share: from a uniform guess to more than the classes' frequencies.
     own = [line["train/loss"] - line["train/mesa"] for line in steps]
-    print(own)
     assert np.mean(own[:3]) == pytest.approx(np.log(1000), abs=0.2)
     assert np.mean(own[-5:]) < np.mean(own[:3]) - 0.2
     return steps, lines[-1]
@@ -236,6 +235,7 @@ def test_training_on_folders(run_on_folders):
     assert evaluation["val/unreadable"] == pytest.approx(1 / VAL)
 
 
+@pytest.mark.slow
 def test_fine_tuning_and_too_many_unreadable(run_on_folders):
     """At another size and number of classes, in micro-batches, with remat, from decoded pictures,
     until the first unreadable picture, where no share of them is accepted."""

@@ -1,0 +1,59 @@
+"""What classification counts: every readable picture of an evaluation, and the unreadable ones."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.digits import get_config
+from vssd_jax.errors import UserError
+from vssd_jax.tasks.classification import Classification
+
+# 20 classes; picture i is of class i, and its logits decide whether it is top-1, top-5 or neither.
+LOGITS = np.zeros((8, 20), np.float32)
+LOGITS[0, 0] = 1  # right
+LOGITS[1, [4, 5, 1]] = 3, 2, 1  # third
+LOGITS[2, 10:] = 1  # eleventh
+LOGITS[3:, 19] = 1  # of no account: wrong where they count
+
+
+def evaluate(task, replaced, valid):
+    output = task.eval_step(
+        lambda images: jnp.asarray(LOGITS),
+        {
+            "image": jnp.zeros((8, 4, 4, 3), jnp.uint8),
+            "label": jnp.arange(8),
+            "replaced": jnp.asarray(replaced),
+            "valid": jnp.asarray(valid),
+        },
+    )
+    # The same batch twice: sums, not means of means.
+    return task.summarize([{name: np.asarray(value) for name, value in output.items()}] * 2)
+
+
+def test_padding_and_unreadable_pictures_do_not_count():
+    config = get_config()
+    config.max_unreadable = 0.5
+    task = Classification(config)
+    results = evaluate(task, replaced=[0, 0, 0, 1, 0, 0, 0, 1], valid=np.arange(8) < 4)
+    log_sum = np.log(np.exp(LOGITS[:3]).sum(axis=1))
+    expected = {
+        "val/top1": 1 / 3,
+        "val/top5": 2 / 3,
+        "val/loss": (log_sum - [1, 1, 0]).mean(),
+        "val/unreadable": 1 / 4,
+    }
+    assert results == pytest.approx(expected)
+
+
+def test_too_many_unreadable_pictures_end_the_run():
+    config = get_config()
+    config.max_unreadable = 0.25
+    task = Classification(config)
+    task.check({"train/unreadable": 0.25})
+    message = r"26.0% of the last pictures of data are unreadable, .*max_unreadable=25.0%"
+    with pytest.raises(UserError, match=message):
+        task.check({"train/unreadable": 0.26})
+    valid = np.ones(8, bool)
+    assert evaluate(task, [1, 1, 0, 0, 0, 0, 0, 0], valid)["val/unreadable"] == 0.25
+    with pytest.raises(UserError, match=r"37.5% of the pictures for evaluation of data"):
+        evaluate(task, [1, 1, 1, 0, 0, 0, 0, 0], valid)
