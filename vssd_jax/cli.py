@@ -104,8 +104,9 @@ def run(main: Callable[[], None]) -> None:
         logging.set_verbosity(logging.FATAL)  # Orbax prints what it raises, too: a page
         try:
             main()
+            return
         except UserError as error:
-            _fail(str(error))
+            message = str(error)
         except KeyboardInterrupt:
             sys.stdout.flush()
             os._exit(130)
@@ -115,6 +116,8 @@ def run(main: Callable[[], None]) -> None:
                 raise
             print(f"{pathlib.Path(sys.argv[0]).name}: {line}", file=sys.stderr)
             _exit_now(1)
+        # The error's frames are gone by now, and with them the workers and their memory.
+        _fail(message)
 
     app.run(guarded, flags_parser=parse)
 
