@@ -19,6 +19,7 @@ from flax import nnx
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
 from vssd_jax.kernels.dispatch import check_name
+from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.nc_ssd import nc_ssd_gated
 from vssd_jax.models.ssd import bidirectional_ssd, causal_ssd
 
@@ -156,6 +157,22 @@ def torch_uniform(fan_in: int):
     return uniform(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
 
+def matmul(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
+    """(..., C) @ (C, D) -> (..., D), `options` as those of `jnp.matmul`.
+
+    As one matrix of rows: the gradient of `kernel` contracts all leading axes, and over more than
+    one of them XLA's CPU compiler transposes an activation, at the cost of the product itself.
+    """
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, **options)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _dot_general(x, kernel, dimension_numbers, **options):
+    """`matmul` as `nnx.Linear` calls it."""
+    del dimension_numbers  # of the last axis of x with the first of the kernel
+    return matmul(x, kernel, **options)
+
+
 def linear(inputs: int, outputs: int, *, use_bias: bool = True, precision: Precision, rngs):
     """A linear layer with weights of standard deviation 0.02 and zero biases."""
     # The recipe truncates at +-2, a hundred standard deviations: plain normal.
@@ -166,19 +183,21 @@ def linear(inputs: int, outputs: int, *, use_bias: bool = True, precision: Preci
         kernel_init=normal(0.02),
         dtype=precision.compute,
         param_dtype=precision.state,
+        dot_general=_dot_general,
         rngs=rngs,
     )
 
 
-def layer_norm(channels: int, *, precision: Precision, rngs):
-    return nnx.LayerNorm(
-        channels,
-        epsilon=1e-5,
-        dtype=precision.compute,
-        param_dtype=precision.state,
-        use_fast_variance=False,  # two passes: exact, and fewer kernels on a GPU
-        rngs=rngs,
-    )
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the channels: (..., C) -> (..., C)."""
+
+    def __init__(self, channels, *, precision):
+        self.scale = nnx.Param(jnp.ones((channels,), precision.state))
+        self.bias = nnx.Param(jnp.zeros((channels,), precision.state))
+        self.epsilon = 1e-5
+
+    def __call__(self, x):
+        return layer_norm(x, self.scale[...], self.bias[...], epsilon=self.epsilon)
 
 
 class Conv(nnx.Module):
@@ -203,7 +222,7 @@ class Conv(nnx.Module):
         dtype = self.precision.compute
         x, kernel = x.astype(dtype), self.kernel[...].astype(dtype)
         if kernel.shape[:2] == (1, 1) and self.stride == 1:
-            y = x @ kernel[0, 0]
+            y = matmul(x, kernel[0, 0])
         else:
             y = jax.lax.conv_general_dilated(
                 x,
@@ -292,7 +311,7 @@ class DropPath(nnx.Module):
             raise ValueError("a model with drop path needs rngs=nnx.Rngs(dropout=...) in training")
         keep = 1 - self.rate
         mask = jax.random.bernoulli(rngs.dropout(), keep, (x.shape[0],) + (1,) * (x.ndim - 1))
-        return jnp.where(mask, x / keep, jnp.zeros((), x.dtype))
+        return x * (mask / keep).astype(x.dtype)
 
 
 # --- Stem and downsampling --------------------------------------------------------------------
@@ -327,7 +346,7 @@ class PatchStem(nnx.Module):
         self.conv1 = ConvNorm(
             3, embed_dim, 4, stride=4, padding=0, use_bias=False, precision=precision, rngs=rngs
         )
-        self.norm = layer_norm(embed_dim, precision=precision, rngs=rngs)
+        self.norm = LayerNorm(embed_dim, precision=precision)
 
     def __call__(self, images):
         return self.norm(jax.nn.relu(self.conv1(images)))
@@ -353,7 +372,7 @@ class PatchDownsample(nnx.Module):
 
     def __init__(self, channels, *, precision, rngs):
         self.conv1 = Conv(channels, 2 * channels, 3, stride=2, precision=precision, rngs=rngs)
-        self.norm = layer_norm(2 * channels, precision=precision, rngs=rngs)
+        self.norm = LayerNorm(2 * channels, precision=precision)
 
     def __call__(self, x):
         return self.norm(jax.nn.relu(self.conv1(x)))
@@ -388,7 +407,7 @@ class SSDMixer(nnx.Module):
         a = uniform(1.0, 16.0)(rngs.params(), (heads,), precision.state)
         self.A_log = nnx.Param(jnp.log(a))
         self.D = nnx.Param(jnp.ones((heads,), precision.state))
-        self.norm = layer_norm(inner, precision=precision, rngs=rngs)
+        self.norm = LayerNorm(inner, precision=precision)
         self.out_proj = linear(inner, channels, use_bias=False, precision=precision, rngs=rngs)
 
     def __call__(self, x):
@@ -398,8 +417,8 @@ class SSDMixer(nnx.Module):
         # Three products instead of one: a row of z|x|B|C|dt is not aligned for a GPU. The last is
         # wide because softplus is, and because XLA would merge it with a product of equal type.
         z_kernel, xbc_kernel, dt_kernel = jnp.split(kernel, np.cumsum(self.sizes)[:-1], axis=1)
-        z, xbc = x @ z_kernel, x @ xbc_kernel
-        dt = jnp.matmul(x, dt_kernel, preferred_element_type=self.precision.state)
+        z, xbc = matmul(x, z_kernel), matmul(x, xbc_kernel)
+        dt = matmul(x, dt_kernel, preferred_element_type=self.precision.state)
         xbc = self.conv(xbc).reshape(batch, length, -1)
         z = z.reshape(batch, length, -1)
         dt = jax.nn.softplus(dt.reshape(batch, length, -1) + self.dt_bias[...])
@@ -443,6 +462,7 @@ class AttentionMixer(nnx.Module):
         return self.out(y).reshape(x.shape)
 
 
+@jax.checkpoint  # keeps x alone for the gradient, instead of three arrays of its size
 def gelu(x):
     """Exact GELU by erf; `jax.nn.gelu` takes erfc, twice the work on a CPU, for far tails."""
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
@@ -473,14 +493,14 @@ class Block(nnx.Module):
         kind = config.mixers[stage]
         options = {"precision": precision, "rngs": rngs}
         self.cpe1 = DepthwiseConv(channels, residual=True, **options)
-        self.norm1 = layer_norm(channels, **options)
+        self.norm1 = LayerNorm(channels, precision=precision)
         mixer_options = options | {"implementation": implementation}
         if kind == "attention":
             self.mixer = AttentionMixer(channels, heads, **mixer_options)
         else:
             self.mixer = SSDMixer(config, channels, heads, kind=kind, **mixer_options)
         self.cpe2 = DepthwiseConv(channels, residual=True, **options)
-        self.norm2 = layer_norm(channels, **options)
+        self.norm2 = LayerNorm(channels, precision=precision)
         self.mlp = MLP(channels, **options)
         self.drop_path = DropPath(drop_path)
 
@@ -554,9 +574,9 @@ class VSSD(nnx.Module):
             )
         widths = [config.embed_dim * 2**stage for stage in range(4)]
         if num_classes is None:
-            self.out_norms = nnx.List([layer_norm(width, **options) for width in widths])
+            self.out_norms = nnx.List([LayerNorm(width, precision=precision) for width in widths])
         else:
-            self.norm = layer_norm(widths[-1], **options)
+            self.norm = LayerNorm(widths[-1], precision=precision)
             self.head = linear(widths[-1], num_classes, **options)
 
     def feature_maps(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array]:

@@ -3,25 +3,34 @@
 import jax
 import jax.numpy as jnp
 
+from vssd_jax.kernels.layer_norm import layer_norm
+
 
 def nc_ssd(
     xbc: jax.Array, token_weights: jax.Array, d: jax.Array, *, inner: int, groups: int
 ) -> jax.Array:
     """See `vssd_jax.kernels.nc_ssd.api.nc_ssd`."""
     batch, length, width = xbc.shape
-    heads = token_weights.shape[-1]
+    head_dim = inner // token_weights.shape[-1]
     x, b, c = jnp.split(xbc, (inner, (inner + width) // 2), axis=-1)
-    b, c = (t.reshape(batch, length, groups, -1) for t in (b, c))
-    # Head i belongs to group i mod groups: heads split as (heads / groups, groups).
-    split = (batch, length, heads // groups, groups, inner // heads)
     acc = jnp.promote_types(x.dtype, jnp.float32)
-    xh = x.reshape(split)
-    weighted = (xh.astype(acc) * token_weights.reshape(*split[:-1], 1)).astype(x.dtype)
+
+    def by_group(t, size):
+        """(B, L, ...) with columns that repeat over the groups in pieces of `size`, as a batch."""
+        t = t.reshape(batch, length, -1, groups, size)
+        return jnp.moveaxis(t, 3, 1).reshape(batch * groups, length, -1)
+
+    # Flat arrays, and the groups (one, mostly) beside the batch: two products with no transposed
+    # copy. Head i belongs to group i mod groups.
+    weighted = (x.astype(acc) * jnp.repeat(token_weights, head_dim, axis=-1)).astype(x.dtype)
+    weighted = by_group(weighted, head_dim)
+    b, c = (by_group(t, t.shape[-1] // groups) for t in (b, c))
     # The state grows with the number of tokens, hence the wide accumulator.
-    state = jnp.einsum("blgn,blhgp->bhgnp", b, weighted, preferred_element_type=acc)
-    y = jnp.einsum("blgn,bhgnp->blhgp", c, state.astype(c.dtype), preferred_element_type=acc)
-    y = y + d.reshape(heads // groups, groups, 1).astype(acc) * xh.astype(acc)
-    return y.reshape(x.shape).astype(x.dtype)
+    state = jnp.einsum("bln,bld->bnd", b, weighted, preferred_element_type=acc)
+    y = jnp.einsum("bln,bnd->bld", c, state.astype(c.dtype), preferred_element_type=acc)
+    y = jnp.moveaxis(y.reshape(batch, groups, length, -1, head_dim), 1, 3).reshape(x.shape)
+    y = y + jnp.repeat(d, head_dim).astype(acc) * x.astype(acc)
+    return y.astype(x.dtype)
 
 
 def nc_ssd_gated(
@@ -45,9 +54,4 @@ def gated_norm(
     y: jax.Array, z: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float
 ) -> jax.Array:
     """`LayerNorm(y) * z` over the last axis, in two passes and float32 at least."""
-    acc = jnp.promote_types(y.dtype, jnp.float32)
-    y = y.astype(acc)
-    centred = y - y.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    normed = centred * jax.lax.rsqrt(variance + epsilon) * scale.astype(acc) + bias.astype(acc)
-    return (normed.astype(z.dtype) * z).astype(z.dtype)
+    return layer_norm(y, scale, bias, z, epsilon)
