@@ -123,7 +123,9 @@ def main():
                 "images/s": options.batch * options.depth / statistics.median(values),
                 "vssd_jax is faster by": common.median_ratio(values, times["vssd_jax"]),
             })
-    common.report(options, rows, torch=torch.__version__)
+    common.report(
+        options, rows, torch=torch.__version__, torch_threads=torch.get_num_threads()
+    )
 
 
 if __name__ == "__main__":

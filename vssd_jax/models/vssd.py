@@ -234,6 +234,18 @@ class Conv(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
 
+# Both keep `x` alone for the gradient, instead of another two arrays of its size.
+@jax.checkpoint
+def _moments(x):
+    mean = x.mean((0, 1, 2))
+    return mean, jnp.square(x - mean).mean((0, 1, 2))
+
+
+@jax.checkpoint
+def _affine(x, mean, scale, bias):
+    return (x - mean) * scale + bias
+
+
 class BatchNorm(nnx.Module):
     """Batch normalisation with PyTorch's statistics, over B, H and W of the global batch.
 
@@ -256,14 +268,13 @@ class BatchNorm(nnx.Module):
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:
-            mean = x.mean((0, 1, 2))
-            var = jnp.square(x - mean).mean((0, 1, 2))
+            mean, var = _moments(x)
             count = x.size // x.shape[-1]
             unbiased = jax.lax.stop_gradient(var) * (count / max(count - 1, 1))
             self.mean[...] += self.momentum * (jax.lax.stop_gradient(mean) - self.mean[...])
             self.var[...] += self.momentum * (unbiased - self.var[...])
         scale = self.scale[...] * jax.lax.rsqrt(var + self.epsilon)
-        return ((x - mean) * scale + self.bias[...]).astype(self.precision.compute)
+        return _affine(x, mean, scale, self.bias[...]).astype(self.precision.compute)
 
 
 class ConvNorm(nnx.Module):
