@@ -18,7 +18,7 @@ from flax import nnx
 
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
-from vssd_jax.kernels.dispatch import check_name
+from vssd_jax.kernels.dispatch import check_name, recomputed_on_cpu
 from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.nc_ssd import nc_ssd_gated
 from vssd_jax.models.ssd import bidirectional_ssd, causal_ssd
@@ -234,14 +234,13 @@ class Conv(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
 
-# Both keep `x` alone for the gradient, instead of another two arrays of its size.
-@jax.checkpoint
+@recomputed_on_cpu
 def _moments(x):
     mean = x.mean((0, 1, 2))
     return mean, jnp.square(x - mean).mean((0, 1, 2))
 
 
-@jax.checkpoint
+@recomputed_on_cpu
 def _affine(x, mean, scale, bias):
     return (x - mean) * scale + bias
 
@@ -473,7 +472,7 @@ class AttentionMixer(nnx.Module):
         return self.out(y).reshape(x.shape)
 
 
-@jax.checkpoint  # keeps x alone for the gradient, instead of three arrays of its size
+@recomputed_on_cpu
 def gelu(x):
     """Exact GELU by erf; `jax.nn.gelu` takes erfc, twice the work on a CPU, for far tails."""
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))

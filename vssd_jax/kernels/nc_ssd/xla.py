@@ -16,7 +16,7 @@ def nc_ssd(
     acc = jnp.promote_types(x.dtype, jnp.float32)
 
     def by_group(t, size):
-        """(B, L, ...) with columns that repeat over the groups in pieces of `size`, as a batch."""
+        """(B, L, ...), each `size` columns of another group in turn -> (B * groups, L, ...)."""
         t = t.reshape(batch, length, -1, groups, size)
         return jnp.moveaxis(t, 3, 1).reshape(batch * groups, length, -1)
 
