@@ -72,6 +72,32 @@ def classification_config() -> ml_collections.ConfigDict:
     return config
 
 
+def segmentation_config() -> ml_collections.ConfigDict:
+    """The base config with the fields of segmentation, with the numbers of ADE20K."""
+    config = base_config()
+    config.task = "segmentation"
+    config.dataset = "ade20k"
+    config.image_shape = (512, 2048)  # multiply-adds and throughput are given for it
+    config.image_size = 512  # side of the crops for training
+    # Images are scaled to fit these sides; for training times a factor drawn from `scales`.
+    config.short_side = 512
+    config.long_side = 2048
+    config.scales = (0.5, 2.0)
+    config.max_class_share = 0.75  # of a crop
+    config.flip = 0.5
+    # In evaluation, sides are multiples of it: few shapes to compile for. 1 keeps every
+    # image's proportions exactly, as the authors do, and compiles for far more shapes.
+    config.size_multiple = 32
+    config.tta_ratios = (0.75, 1.0, 1.25)  # of `--tta`
+    config.learning_rate = 6e-5
+    config.schedule = "linear"
+    config.weight_decay = 0.01
+    config.no_decay = "norms"
+    config.clip_grad_norm = 0.0
+    config.ema_decay = 0.0  # no average
+    return config
+
+
 def imagenet_config() -> ml_collections.ConfigDict:
     """The paper's recipe for ImageNet-1K; the variants differ in batch, rates and MESA."""
     config = classification_config()

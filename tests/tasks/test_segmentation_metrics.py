@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from vssd_jax import UserError
 from vssd_jax.tasks import segmentation_metrics as metrics
 
 CLASSES = 7
@@ -67,7 +68,7 @@ def test_a_class_neither_labelled_nor_predicted_is_left_out():
     table = metrics.format_per_class(matrix, ["cat", "dog", "bird"]).splitlines()
     assert table[1].split() == ["cat", "75.00", "75.00", "66.67"]
     assert table[3].split() == ["bird", "-", "-", "0.00"]
-    with pytest.raises(ValueError, match="ignored"):
+    with pytest.raises(UserError, match="ignored"):
         metrics.summarize_confusion(np.zeros((3, 3)))
 
 

@@ -177,12 +177,9 @@ def test_fine_tuning_starts_from_weights(run, num_classes):
     config = config.copy_and_resolve_references()
     config.update(init_from=str(workdir), num_classes=num_classes, image_size=48)
     task = Classification(config)
-    state = init_state(
-        Functional(task.build),
-        optax.sgd(1.0),
-        jax.random.key(1),
-        pretrained(config, task.num_classes),
-    )
+    functional = Functional(task.build)
+    weights = pretrained(config, functional.abstract)
+    state = init_state(functional, optax.sgd(1.0), jax.random.key(1), weights)
     expected, _ = read_ema(workdir)
     for name, value in {**state.params, **state.batch_stats}.items():
         if name.startswith("head.") and num_classes != 10:

@@ -93,7 +93,7 @@ def _check_mode(path, png: Image.Image) -> None:
 
 
 class ADE20K:
-    """A split as a source of `{"image", "label", "name"}`.
+    """A split as a source of `{"image", "label", "index"}`; `index` is the place in `names`.
 
     Args:
       root: the folder that holds `images` and `annotations`.
@@ -148,7 +148,7 @@ class ADE20K:
         path = self._path("annotations", name)
         label = read_labels(path, self.num_classes)
         self._check_size(path, label.shape, image.shape[:2])
-        return {"image": image, "label": label, "name": name}
+        return {"image": image, "label": label, "index": index}
 
     def size(self, index) -> tuple[int, int]:
         """(H, W) of an element, from the headers of its files alone."""
@@ -321,7 +321,7 @@ def eval_transform(
 
     Returns:
       `images`: a dict `{"0": (h, w, 3) float32, "1": ...}` in the order of `ratios`; `label`
-      (H, W) uint8; `size` (2,) int32, the label's height and width before padding.
+      (H, W) uint8; `size` (2,) int32, the label's height and width before padding; `index`, int32.
     """
     image, label = element["image"], element["label"]
     views = {}
@@ -333,13 +333,14 @@ def eval_transform(
         "images": views,
         "label": np.pad(label, ((0, below), (0, right)), constant_values=IGNORE),
         "size": np.array(label.shape, np.int32),
+        "index": np.int32(element["index"]),
     }
 
 
 class SizeGrouped:
     """A source in whose order every batch holds elements that `eval_transform` makes equal.
 
-    Incomplete batches are filled with copies whose labels are all ignored.
+    Incomplete batches are filled with copies, whose `valid` is False.
 
     Args:
       source: an `ADE20K` source.
@@ -365,18 +366,15 @@ class SizeGrouped:
             labels = tuple(_ceil(side, label_multiple) for side in size)
             groups.setdefault((*shapes, labels), []).append(index)
         self._source = source
-        self._order = []  # (index, whether it is a copy)
+        self._order = []  # (index, whether it is none of the copies)
         for _, indices in sorted(groups.items()):
             copies = -len(indices) % batch_size
-            self._order += [(index, False) for index in indices]
-            self._order += [(indices[0], True)] * copies
+            self._order += [(index, True) for index in indices]
+            self._order += [(indices[0], False)] * copies
 
     def __len__(self):
         return len(self._order)
 
     def __getitem__(self, index) -> dict:
-        index, copy = self._order[index]
-        element = self._source[index]
-        if copy:
-            element = {**element, "label": np.full_like(element["label"], IGNORE)}
-        return {**element, "copy": np.bool_(copy)}
+        index, valid = self._order[index]
+        return {**self._source[index], "valid": np.bool_(valid)}

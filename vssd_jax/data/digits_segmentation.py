@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from vssd_jax.data import scenes
-from vssd_jax.data.ade20k import ADE20K
 from vssd_jax.errors import UserError
 
 CLASSES = ("background", *map(str, range(scenes.NUM_CLASSES)))
 SIZES = {"training": 800, "validation": 100}
 
+_VERSION = 1  # of what `prepare` makes; a new number makes old folders be made again
 _HANDWRITING = {"training": "train", "validation": "test"}
 
 
@@ -58,12 +58,13 @@ def write(root: str | os.PathLike, *, sizes: dict[str, int] = SIZES, seed: int =
         shutil.rmtree(part, ignore_errors=True)
 
 
-def load(root: str | os.PathLike, split: str) -> ADE20K:
-    """The "training" or "validation" split, written at the first call."""
-    if not pathlib.Path(root).exists():
+def prepare(data_dir: str | os.PathLike) -> pathlib.Path:
+    """The folder of the scenes in `data_dir`, written at the first call."""
+    folder = pathlib.Path(data_dir) / f"digits_segmentation_{_VERSION}"
+    if not folder.exists():
         try:
-            write(root)
+            write(folder)
         except UserError:
-            if not pathlib.Path(root).exists():  # or else another process was first
+            if not folder.exists():  # or else another process was first
                 raise
-    return ADE20K(root, split, num_classes=len(CLASSES))
+    return folder

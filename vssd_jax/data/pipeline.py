@@ -61,7 +61,10 @@ def train_batches(
 
 
 class _Padded:
-    """A source whose length is a multiple of the batch size; says which elements are real."""
+    """A source whose length is a multiple of the batch size; says which elements are real.
+
+    A source with padding of its own says so by `valid` of its elements.
+    """
 
     def __init__(self, source, batch_size: int):
         self.source, self.batch_size = source, batch_size
@@ -71,7 +74,7 @@ class _Padded:
 
     def __getitem__(self, index):
         valid = index < len(self.source)
-        return {**self.source[index if valid else 0], "valid": np.bool_(valid)}
+        return {"valid": np.bool_(valid), **self.source[index if valid else 0]}
 
 
 def eval_batches(

@@ -226,6 +226,7 @@ class UperNet(nnx.Module):
       num_classes: K; None is the config's.
       dtype: float32 or bfloat16 activations; logits are float32.
       remat: recompute the backbone's blocks in the backward pass.
+      implementation: of the backbone's kernels, see `VSSD`.
       rngs: with a `params` stream for the initialisation.
     """
 
@@ -236,12 +237,20 @@ class UperNet(nnx.Module):
         num_classes: int | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
         remat: bool = False,
+        implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
         self.config = config
         self.num_classes = config.num_classes if num_classes is None else num_classes
         self.precision = Precision(jnp.dtype(dtype))
-        self.backbone = VSSD(config.backbone, num_classes=None, dtype=dtype, remat=remat, rngs=rngs)
+        self.backbone = VSSD(
+            config.backbone,
+            num_classes=None,
+            dtype=dtype,
+            remat=remat,
+            implementation=implementation,
+            rngs=rngs,
+        )
         widths = [config.backbone.embed_dim * 2**stage for stage in range(4)]
         options = {"precision": self.precision, "rngs": rngs}
         self.decode_head = DecodeHead(config, widths, self.num_classes, **options)

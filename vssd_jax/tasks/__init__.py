@@ -3,7 +3,8 @@
 A task has `num_classes`, `dataset_classes`, `image_shape` (what multiply-adds and throughput are
 given for), `train_size`, `train_batches(start_step)`, `eval_batches()`, `build(rngs)`,
 `loss(model, batch, *, step, rngs, teacher)`, `check(metrics)`, `eval_step(model, batch)`,
-`summarize(outputs)` and `best_metric`; see classification.py.
+`summarize(outputs)`, `table` (what eval.py prints besides the metrics, or None) and
+`best_metric`; see classification.py.
 """
 
 import os

@@ -24,6 +24,7 @@ class Classification:
     """A classifier, its batches, its loss and its top-1 and top-5 accuracy."""
 
     best_metric = "val/top1"
+    table = None
 
     def __init__(self, config: ml_collections.ConfigDict):
         self.config = config

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from vssd_jax.data.ade20k import IGNORE
+from vssd_jax.errors import UserError
 from vssd_jax.models.upernet import bilinear_matrix, resize
 
 # Rows of a label map that are predicted at a time: K logits for every pixel of a large picture
@@ -119,9 +120,14 @@ def model_views(model, images: Mapping[str, jax.Array], *, flip: bool = False) -
     views = []
     for x in images.values():
         size = x.shape[1:3]
-        views.append((model(x)[0], size))
-        if flip:
-            views.append((model(x[:, :, ::-1])[0][:, :, ::-1], size))
+        if not flip:
+            views.append((model(x)[0], size))
+            continue
+        # One batch of both; a picture's rows stay on its device.
+        both = jnp.stack([x, x[:, :, ::-1]], 1)
+        logits = model(both.reshape(-1, *x.shape[1:]))[0]
+        logits = logits.reshape(*both.shape[:2], *logits.shape[1:])
+        views += [(logits[:, 0], size), (logits[:, 1, :, ::-1], size)]
     return views
 
 
@@ -165,11 +171,11 @@ def summarize_confusion(confusion: np.ndarray) -> dict[str, float]:
     """`miou`, `mean_accuracy` and `pixel_accuracy` in 0..1; undefined classes are left out.
 
     Raises:
-      ValueError: no pixel was counted.
+      UserError: no pixel was counted.
     """
     confusion = np.asarray(confusion)
     if not confusion.any():
-        raise ValueError("every pixel of the evaluation set is ignored")
+        raise UserError("every pixel of the evaluation set is ignored; check its label maps")
     classes = per_class(confusion)
     return {
         "miou": float(np.nanmean(classes["iou"])),

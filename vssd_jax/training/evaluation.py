@@ -103,6 +103,8 @@ def evaluate_weights(
         )
     with jax.set_mesh(mesh):
         metrics = Evaluator(task, functional, mesh)(arrays)
+    if task.table is not None:
+        print(task.table)
     for name, value in metrics.items():
         print(f"{name} {value:.6g}")
     return results | metrics

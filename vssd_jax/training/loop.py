@@ -10,6 +10,7 @@ import time
 import jax
 import ml_collections
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -27,6 +28,7 @@ from vssd_jax.training.metrics import MetricWriter
 from vssd_jax.training.sharding import check_batch, device_batches, make_mesh, state_shardings
 from vssd_jax.training.state import Functional, init_state, make_train_step
 from vssd_jax.weights.load import load
+from vssd_jax.weights.state import check, shapes
 
 
 class _StopSignal:
@@ -61,14 +63,39 @@ class _StopSignal:
             signal.signal(number, handler)
 
 
-def pretrained(config: ml_collections.ConfigDict, num_classes: int) -> dict[str, np.ndarray]:
-    """The weights of `config.init_from`, without a classifier of another number of classes."""
-    loaded = load(config.init_from, model=config.model, overrides=config.model_options.to_dict())
-    if loaded.num_classes == num_classes:
-        return loaded.params
-    say(f"{config.init_from} has {loaded.num_classes} classes: the classifier starts fresh")
-    classifier = find(config.model)[0].classifier
-    return {n: value for n, value in loaded.params.items() if not n.startswith(classifier)}
+def pretrained(config: ml_collections.ConfigDict, model: nnx.Module) -> dict[str, np.ndarray]:
+    """The weights of `config.init_from` that `model` starts from.
+
+    Left fresh are a classifier of another number of classes, and of a detector or segmentor that
+    starts from a classifier all but the backbone.
+
+    Args:
+      config: of the run.
+      model: whose parameters the weights are to fill; only its shapes are used.
+
+    Raises:
+      UserError: weights that cannot be read or do not fit.
+    """
+    source, expected = config.init_from, shapes(model)
+    overrides = config.model_options.to_dict()
+    loaded = load(source, model=config.model, overrides=overrides, backbone=True)
+    params, fresh = loaded.params, ()
+    own = find(loaded.model)[0].classifier
+    if loaded.model != config.model:
+        params = {
+            f"backbone.{name}": value
+            for name, value in params.items()
+            if not name.startswith((*own, "norm."))
+        }
+        fresh = [name for name in expected if not name.startswith("backbone.")]
+        fresh += [name for name in expected if name.startswith("backbone.out_norms.")]
+        say(f"{source} is a classifier: all but the backbone starts fresh")
+    elif loaded.num_classes != model.num_classes:
+        fresh = [name for name in expected if name.startswith(own)]
+        params = {name: value for name, value in params.items() if name not in fresh}
+        say(f"{source} has {loaded.num_classes} classes: the classifier starts fresh")
+    check(expected, params, fresh=fresh)
+    return params
 
 
 def _profiled_steps(text: str) -> range:
@@ -141,7 +168,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
             state = checkpoints.restore(abstract)
             say(f"resumed {workdir} at step {start} of {total}")
         else:
-            weights = pretrained(config, task.num_classes) if config.init_from else None
+            weights = pretrained(config, functional.abstract) if config.init_from else None
             state = jax.device_put(init_state(functional, optimizer, init_key, weights), shardings)
         results = checkpoints.metrics(start) if start else {}
         writer = MetricWriter(workdir, start)

@@ -23,6 +23,7 @@ def load(
     model: str | None = None,
     which: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    backbone: bool = False,
 ) -> Weights:
     """Reads weights and checks that each tensor has its place.
 
@@ -34,6 +35,7 @@ def load(
       which: "model" or "ema" of a `.pth` file; None is the EMA where it has one.
       overrides: fields of the model's config; needed for what shapes do not tell, such as
         the kind of scan.
+      backbone: take a classifier's weights too, if it is the backbone of `model`.
 
     Raises:
       UserError: a file that cannot be read, another model's weights, and weights with missing,
@@ -47,15 +49,20 @@ def load(
     try:
         if path.is_dir():
             weights = _read_workdir(path) if _is_workdir(path) else read_folder(path)
+            if backbone and weights.model.startswith("vssd_"):
+                model, overrides = _classifier(model, overrides)
             _check_agreement(weights, model, overrides)
             state.check(_shapes(weights), weights.params)
             check_dtypes(weights.params)
-        elif path.suffix == ".safetensors":
-            weights = _from_torch(_torch_names(read_arrays(path)), model, overrides, {})
         else:
-            tensors, taken = select_state_dict(read_torch_file(path), which, path)
-            weights = _from_torch(tensors, model, overrides, {"state_dict": taken})
-            which = None
+            if path.suffix == ".safetensors":
+                tensors, provenance = _torch_names(read_arrays(path)), {}
+            else:
+                tensors, taken = select_state_dict(read_torch_file(path), which, path)
+                provenance, which = {"state_dict": taken}, None
+            if backbone and not any(name.startswith("backbone.") for name in tensors):
+                model, overrides = _classifier(model, overrides)
+            weights = _from_torch(tensors, model, overrides, provenance)
         if which is not None:
             raise UserError(f"there is no choice of {which!r}: only .pth files hold two models")
     except UserError as error:
@@ -109,6 +116,13 @@ def _download(uri: str) -> Path:
     except Exception as error:  # each of its transports raises errors of its own
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{uri} cannot be downloaded: {type(error).__name__}: {reason}") from error
+
+
+def _classifier(model: str, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and overrides of the classifier that `model` has as its backbone."""
+    name = f"vssd_{registry.find(model)[1]}"
+    fields = registry.architecture(registry.make_config(name))
+    return name, {field: value for field, value in overrides.items() if field in fields}
 
 
 def _table(model: str):

@@ -1,0 +1,274 @@
+"""Whole runs of a small segmentor on pictures in ADE20K's layout."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from configs import digits_segmentation, upernet
+from tests.conftest import ROOT
+from vssd_jax import UserError
+from vssd_jax.data import ade20k
+from vssd_jax.tasks import segmentation_metrics as metrics
+from vssd_jax.tasks.segmentation import Segmentation
+from vssd_jax.training.checkpoints import read_ema
+from vssd_jax.training.evaluation import evaluate_weights
+from vssd_jax.training.loop import train
+from vssd_jax.training.metrics import read_metrics
+from vssd_jax.training.optimizer import make_schedule
+
+STEPS = 4
+OPTIONS = {
+    "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "d_state": 8,
+    "channels": 8, "aux_channels": 8,
+}  # fmt: skip
+CHANGES = {
+    "image_size": 32, "image_shape": (32, 64), "short_side": 32, "long_side": 64,
+    "size_multiple": 16, "batch_size": 2, "eval_batch_size": 8, "steps": STEPS,
+    "warmup_steps": 1, "learning_rate": 1e-3, "log_every_steps": 1, "dtype": "float32",
+    "num_workers": 0, "tta_ratios": (0.5, 1.0),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parsed_flags():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["tests"])  # Grain reads absl flags
+
+
+def write_pairs(root, split, sizes):
+    """Pictures whose brightness follows the classes 1, 2 and 3; 0 is ignored."""
+    for kind in ("images", "annotations"):
+        (root / kind / split).mkdir(parents=True)
+    for number, (height, width) in enumerate(sizes):
+        rng = np.random.default_rng(number)
+        label = np.kron(rng.integers(0, 4, (height // 8, width // 8)), np.ones((8, 8), np.uint8))
+        image = np.repeat(60 * label[..., None], 3, -1) + rng.integers(0, 20, (*label.shape, 3))
+        Image.fromarray(label.astype(np.uint8)).save(root / f"annotations/{split}/{number}.png")
+        Image.fromarray(image.astype(np.uint8)).save(root / f"images/{split}/{number}.jpg")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ade")
+    write_pairs(root, "training", [(40, 56)] * 4)
+    write_pairs(root, "validation", [(40, 56)] * 3)
+    return root
+
+
+def small_config(data_dir, **changes):
+    config = upernet.get_config("micro")
+    config.update(model="upernet_vssd_nano", data_dir=str(data_dir), init_from=None, **CHANGES)
+    config.model_options = OPTIONS
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_dir):
+    """A finished run: config, workdir, results."""
+    config, workdir = small_config(data_dir), tmp_path_factory.mktemp("run") / "upernet"
+    return config, workdir, train(config, workdir)
+
+
+def test_a_run_trains_and_evaluates(run):
+    _, workdir, results = run
+    lines = read_metrics(workdir)
+    losses = [line for line in lines if "train/loss" in line]
+    assert len(losses) == STEPS
+    for line in losses:
+        total = line["train/decode"] + 0.4 * line["train/auxiliary"]
+        assert line["train/loss"] == pytest.approx(total, rel=1e-5)
+    assert set(results) == {"val/miou", "val/mean_accuracy", "val/pixel_accuracy"}
+    assert lines[-1]["val/miou"] == results["val/miou"]
+    assert json.loads((workdir / "config.json").read_text())["num_classes"] == 150
+
+
+def command(script, data_dir, *arguments, devices=1):
+    """Runs a script with the small config as a file."""
+    path = data_dir.parent / f"{data_dir.name}_config.py"
+    path.write_text(
+        "from tests.tasks.test_segmentation import small_config\n\n\n"
+        f"def get_config(arg=None):\n    return small_config({str(data_dir)!r})\n"
+    )
+    count = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.run(
+        [sys.executable, script, f"--config={path}", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": count},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluation(run, tmp_path_factory):
+    """Of the run, with everything: numbers, printed lines and the folder of predictions."""
+    config, workdir, _ = run
+    folder, printed = tmp_path_factory.mktemp("saved"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        results = evaluate_weights(config, workdir, tta=True, save_predictions=folder)
+    return results, printed.getvalue().splitlines(), folder
+
+
+def test_both_scales_and_the_classes_are_printed(run, evaluation):
+    results, lines, _ = evaluation
+    for name, value in run[2].items():
+        assert results[name] == value
+        assert f"{name} {value:.6g}" in lines
+        multi_scale = name.replace("val/", "val/multi_scale_")
+        assert f"{multi_scale} {results[multi_scale]:.6g}" in lines
+    assert results["val/multi_scale_pixel_accuracy"] != results["val/pixel_accuracy"]
+    table = [line for line in lines if line.startswith(ade20k.CLASSES)]
+    assert len(table) == 150
+
+
+def test_saved_labels_give_the_printed_numbers(evaluation, data_dir):
+    results, _, folder = evaluation
+    source = ade20k.ADE20K(data_dir, "validation")
+    names = [f"{name}.png" for name in source.names]
+    assert sorted(os.listdir(folder / "labels")) == sorted(os.listdir(folder / "overlays")) == names
+    confusion = 0
+    for index, name in enumerate(names):
+        predicted = ade20k.read_labels(folder / "labels" / name, 150)
+        confusion += metrics.confusion_matrix(predicted[None], source[index]["label"][None], 150)
+        with Image.open(folder / "overlays" / name) as overlay:
+            assert overlay.height > len(predicted)  # the legend
+    for name, value in metrics.summarize_confusion(confusion).items():
+        assert results[f"val/multi_scale_{name}"] == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.slow
+def test_eight_devices_evaluate_as_one(run, evaluation, data_dir):
+    results = evaluation[0]
+    done = command("eval.py", data_dir, "--weights", run[1], "--tta", devices=8)
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    eight = json.loads(last)
+    assert eight == pytest.approx(results, abs=1e-3)
+    assert f"val/miou {eight['val/miou']:.6g}" in lines
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stopped_run_resumes_bitwise(run, tmp_path, monkeypatch, num_workers):
+    config, workdir, results = run
+    config = config.copy_and_resolve_references()
+    config.num_workers = num_workers
+    real = Segmentation.train_batches
+
+    def stopping(self, start_step):
+        for index, batch in enumerate(real(self, start_step), start_step):
+            if index == 2:  # read ahead: the run stops before
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(Segmentation, "train_batches", stopping)
+    train(config, tmp_path)
+    assert 0 < read_ema(tmp_path)[1] < STEPS
+    monkeypatch.setattr(Segmentation, "train_batches", real)
+    assert train(config, tmp_path) == results
+    whole, resumed = read_ema(workdir)[0], read_ema(tmp_path)[0]
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+
+
+def palette(label):
+    picture = Image.fromarray(label).convert("P")
+    picture.putpalette([i % 256 for i in range(768)])
+    return picture
+
+
+BAD = {
+    "has 40x56 pixels and its image 56x40": lambda label: Image.fromarray(label.T),
+    "holds the label 151; it must lie in 0 to 150": lambda label: Image.fromarray(label + 151),
+    "is a palette PNG": palette,
+    "without a file in": None,
+}
+
+
+def spoil(root, split, message):
+    write_pairs(root, "training", [(40, 56)] * 2)
+    write_pairs(root, "validation", [(40, 56)])
+    path = root / "annotations" / split / "0.png"
+    if BAD[message] is None:
+        path.unlink()
+    else:
+        BAD[message](np.zeros((40, 56), np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_labels_end_a_run(tmp_path, message):
+    spoil(tmp_path / "ade", "training", message)
+    with pytest.raises(UserError, match=message):
+        train(small_config(tmp_path / "ade"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_labels_end_an_evaluation(run, tmp_path, message):
+    spoil(tmp_path, "validation", message)
+    with pytest.raises(UserError, match=message):
+        evaluate_weights(small_config(tmp_path), run[1])
+
+
+def test_bad_labels_are_one_line_of_the_command(tmp_path):
+    message = next(iter(BAD))
+    spoil(tmp_path / "ade", "training", message)
+    done = command("train.py", tmp_path / "ade", f"--workdir={tmp_path}/run")
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("\r")]
+    assert message in lines[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "ade"}, "did you mean 'ade20k'"),
+        ({"num_classes": 11}, "num_classes=11, and ade20k has 150"),
+        ({"data_dir": "/nowhere"}, "/nowhere/images/training cannot be listed"),
+        ({"init_from": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_impossible_configs_are_refused(data_dir, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(small_config(data_dir, **changes), tmp_path / "run")
+
+
+def test_weights_of_another_number_of_classes_are_refused(run, data_dir):
+    config = small_config(data_dir, dataset="digits_segmentation")
+    with pytest.raises(UserError, match="has 150 classes, and the digits_segmentation"):
+        evaluate_weights(config, run[1])
+
+
+@pytest.mark.parametrize("variant", ["micro", "tiny", "small"])
+def test_the_recipe(variant):
+    config = upernet.get_config(variant)
+    assert config.model == f"upernet_vssd_{variant}"
+    model = Segmentation(config)
+    assert model.num_classes == 150
+    assert model.image_shape == (512, 2048)
+    expected = {
+        "batch_size": 16, "steps": 160_000, "learning_rate": 6e-5, "weight_decay": 0.01,
+        "no_decay": "norms", "warmup_steps": 1500, "schedule": "linear", "min_learning_rate": 0,
+        "image_size": 512, "short_side": 512, "long_side": 2048, "scales": (0.5, 2.0),
+        "max_class_share": 0.75, "flip": 0.5, "tta_ratios": (0.75, 1.0, 1.25),
+    }  # fmt: skip
+    assert {name: config[name] for name in expected} == expected
+    schedule = make_schedule(config, steps_per_epoch=1263)
+    rates = [float(schedule(step)) for step in (0, 1500, 80_750, 160_000)]
+    assert rates == pytest.approx([6e-11, 6e-5, 3e-5, 0], rel=1e-5, abs=1e-15)
+
+
+def test_digits_are_a_config_of_their_own():
+    config = digits_segmentation.get_config()
+    assert config.flip == 0  # a mirrored digit is another shape
+    assert Segmentation(config).num_classes == 11
