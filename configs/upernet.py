@@ -1,26 +1,45 @@
-"""UperNet with a VSSD backbone on ADE20K, as in the paper (section 4.3).
+"""UperNet on VSSD-Micro, -Tiny or -Small, on ADE20K, as in the paper (section 4.3).
 
-    python train.py --config configs/upernet.py:micro --config.data_dir=/data/ADEChallengeData2016
-    python train.py --config configs/upernet.py:tiny --config.data_dir=/data/ADEChallengeData2016
-    python train.py --config configs/upernet.py:small --config.data_dir=/data/ADEChallengeData2016
+    python convert_torch_weights.py --input hf://YuhengSSS/VSSD/vssd_tiny_best_ema.pth \\
+        --output weights/vssd_tiny
+    python train.py --config configs/upernet.py:tiny --workdir runs/upernet_tiny \\
+        --config.data_dir=/data/ADEChallengeData2016
+    python eval.py --config configs/upernet.py:tiny --weights runs/upernet_tiny \\
+        --config.data_dir=/data/ADEChallengeData2016 --tta --save-predictions predictions
 
+The argument is micro, tiny or small. The data folder holds images/{training,validation}/*.jpg and
+annotations/{training,validation}/*.png. For the authors' image sizes in evaluation:
+--config.size_multiple=1.
+
+Expected mIoU, the paper's: micro 45.6, multi-scale 46.0; tiny 47.9, multi-scale 48.7; it gives none
+for small.
+Hours on 8 GPUs: about 1, the time that 12 workers take for 2.56 million crops at 17 ms each
+(measured, a 683x512 JPEG on one core). 8 H200 would need 0.3 to 0.4 by arithmetic, not measured:
+the backbone at 70 % of the memory roofline of ImageNet training, by pixels, and the decoder's
+multiply-adds at 40 % of 990 TFLOP/s; two crops a GPU will keep it less busy than that.
 """
 
 from vssd_jax.config import segmentation_config
 
+VARIANTS = ("micro", "tiny", "small")
+
 
 def get_config(arg="tiny"):
+    if arg not in VARIANTS:
+        raise ValueError(f"unknown argument {arg!r}: {', '.join(VARIANTS)}")
     config = segmentation_config()
-    if arg not in ("micro", "tiny", "small"):
-        raise ValueError(f"unknown argument {arg!r}: micro, tiny or small")
     config.model = f"upernet_vssd_{arg}"
     config.init_from = f"weights/vssd_{arg}"
     config.dtype = "bfloat16"
     config.num_workers = 12
+
     config.batch_size = 16
     config.eval_batch_size = 8
     config.steps = 160_000
+    config.learning_rate = 6e-5
+    config.learning_rate_batch = 16
     config.warmup_steps = 1500
-    config.warmup_learning_rate = 1e-6 * config.learning_rate
+    config.warmup_learning_rate = 6e-11
+    config.weight_decay = 0.01
     config.eval_every_epochs = 12
     return config

@@ -89,9 +89,7 @@ def segmentation_config() -> ml_collections.ConfigDict:
     # image's proportions exactly, as the authors do, and compiles for far more shapes.
     config.size_multiple = 32
     config.tta_ratios = (0.75, 1.0, 1.25)  # of `--tta`
-    config.learning_rate = 6e-5
     config.schedule = "linear"
-    config.weight_decay = 0.01
     config.no_decay = "norms"
     config.clip_grad_norm = 0.0
     config.ema_decay = 0.0  # no average

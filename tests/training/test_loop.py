@@ -18,9 +18,9 @@ from tests.conftest import GOLDEN, ROOT
 from tests.golden.synthetic import _rng
 from tests.golden_model import golden_images, golden_weights, relative_error
 from tests.golden_model import run as run_model
-from vssd_jax.config import classification_config
+from vssd_jax.config import classification_config, segmentation_config
 from vssd_jax.errors import UserError
-from vssd_jax.tasks import classification
+from vssd_jax.tasks import classification, make_task
 from vssd_jax.tasks.classification import Classification
 from vssd_jax.training import loop
 from vssd_jax.training.checkpoints import read_ema, read_part
@@ -28,6 +28,7 @@ from vssd_jax.training.evaluation import evaluate_weights
 from vssd_jax.training.loop import pretrained, train
 from vssd_jax.training.metrics import read_metrics
 from vssd_jax.training.state import Functional, init_state
+from vssd_jax.weights.load import load
 
 EPOCH = 1437 // 128  # steps
 
@@ -186,6 +187,49 @@ def test_fine_tuning_starts_from_weights(run, num_classes):
             assert value.shape[-1] == 12
         else:
             np.testing.assert_array_equal(value, expected[name])
+
+
+@pytest.mark.parametrize("kind", ["workdir", "file"])
+def test_a_classifier_starts_a_backbone(run, kind):
+    config = segmentation_config()
+    config.update(model="upernet_vssd_nano", dataset="digits_segmentation")
+    if kind == "workdir":
+        config.init_from = str(run[1])
+        config.model_options = {**run[0].model_options, "channels": 8, "aux_channels": 8}
+        expected, _ = read_ema(run[1])
+    else:
+        config.init_from = str(GOLDEN / "checkpoints" / "classification_nano.pth")
+        expected = load(config.init_from).params
+    functional = Functional(make_task(config).build)
+    weights = pretrained(config, functional.abstract)
+    state = init_state(functional, optax.sgd(1.0), jax.random.key(1), weights)
+    filled = {**state.params, **state.batch_stats}
+    left = {name for name in expected if name.split(".")[0] in ("norm", "head")}
+    assert len(left) == 4
+    for name in expected.keys() - left:
+        np.testing.assert_array_equal(filled[f"backbone.{name}"], expected[name], err_msg=name)
+    fresh = {name for name in filled if name.removeprefix("backbone.") not in expected}
+    assert {name.split(".")[0] for name in fresh} == {
+        "backbone", "decode_head", "auxiliary_head",
+    }  # fmt: skip
+    assert {name.split(".")[1] for name in fresh if name.startswith("backbone")} == {"out_norms"}
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("upernet_vssd_micro", {}, "vssd_nano, not of vssd_micro"),
+        ("upernet_vssd_nano", {"d_state": 4}, "12 of another shape"),
+        ("upernet_vssd_nano", {"depths": (1, 1, 1, 1)}, "vssd_nano, not of vssd_nano"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_is_named(model, options, message):
+    config = segmentation_config()
+    config.init_from = str(GOLDEN / "checkpoints" / "classification_nano.pth")
+    config.update(model=model, model_options=options, dataset="digits_segmentation")
+    functional = Functional(make_task(config).build)
+    with pytest.raises(UserError, match=message):
+        pretrained(config, functional.abstract)
 
 
 def test_another_model_in_the_workdir_is_refused(run):

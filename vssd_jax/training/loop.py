@@ -1,5 +1,6 @@
 """The training loop, the same for every task."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -180,7 +181,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
             disable=not is_main(),
         )
         # The mesh in the context tells the kernels how the batch is split.
-        with jax.set_mesh(mesh), _StopSignal() as stop, progress:
+        with (
+            jax.set_mesh(mesh),
+            _StopSignal() as stop,
+            progress,
+            contextlib.closing(writer),
+        ):
             batches = device_batches(task.train_batches(start), mesh)
             program = None
             pending, step, stopped = [], start, False
@@ -228,7 +234,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
                     checkpoints.save(state, results if evaluating else {})
                     since += time.perf_counter() - begin  # the speed is that of training
         checkpoints.wait()
-        writer.close()
         name = task.best_metric
         if step < total:
             say(f"stopped: {workdir} is saved at step {step} of {total}; the same command resumes")
