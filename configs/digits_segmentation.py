@@ -1,6 +1,10 @@
 """UperNet with VSSD-Nano on scenes of hand-written digits: the whole path on a CPU.
 
     python train.py --config configs/digits_segmentation.py
+    python eval.py --config configs/digits_segmentation.py --weights runs/digits_segmentation \\
+        --tta --save-predictions predictions
+
+The scenes are written into `data_dir` by the first run, in ADE20K's layout.
 """
 
 from vssd_jax.config import segmentation_config
@@ -9,7 +13,29 @@ from vssd_jax.config import segmentation_config
 def get_config(arg=None):
     config = segmentation_config()
     config.model = "upernet_vssd_nano"
+    config.model_options = {"dropout": 0.0}
     config.dataset = "digits_segmentation"
     config.image_shape = (128, 160)
-    config.flip = 0.0
+    config.image_size = 128
+    config.short_side = 128
+    config.long_side = 160
+    config.scales = (0.8, 1.25)
+    config.max_class_share = 1.0
+    config.flip = 0.0  # a mirrored digit is another shape
+
+    config.batch_size = 16
+    config.eval_batch_size = 20
+    config.epochs = 30
+    config.schedule = "cosine"
+    config.learning_rate = 2e-3
+    config.min_learning_rate = 1e-5
+    config.warmup_epochs = 1
+    config.weight_decay = 0.05
+    config.no_decay = "vectors"
+    config.clip_grad_norm = 0.1
+    config.ema_decay = 0.98
+    config.eval_every_epochs = 5
+    config.log_every_steps = 10
+    if arg:
+        raise ValueError(f"unknown argument {arg!r}: this config takes none")
     return config

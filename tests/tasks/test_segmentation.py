@@ -25,15 +25,16 @@ from vssd_jax.training.loop import train
 from vssd_jax.training.metrics import read_metrics
 from vssd_jax.training.optimizer import make_schedule
 
-STEPS = 4
-OPTIONS = {
+STEPS = 20
+OPTIONS = {  # what compiles fast
     "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "d_state": 8,
-    "channels": 8, "aux_channels": 8,
+    "mixers": ("ncssd", "attention", "attention", "attention"),
+    "channels": 8, "aux_channels": 8, "pool_scales": (1, 2),
 }  # fmt: skip
 CHANGES = {
     "image_size": 32, "image_shape": (32, 64), "short_side": 32, "long_side": 64,
     "size_multiple": 16, "batch_size": 2, "eval_batch_size": 8, "steps": STEPS,
-    "warmup_steps": 1, "learning_rate": 1e-3, "log_every_steps": 1, "dtype": "float32",
+    "warmup_steps": 1, "learning_rate": 1e-2, "log_every_steps": 1, "dtype": "float32",
     "num_workers": 0, "tta_ratios": (0.5, 1.0),
 }  # fmt: skip
 
@@ -88,7 +89,7 @@ def test_a_run_trains_and_evaluates(run):
         total = line["train/decode"] + 0.4 * line["train/auxiliary"]
         assert line["train/loss"] == pytest.approx(total, rel=1e-5)
     assert set(results) == {"val/miou", "val/mean_accuracy", "val/pixel_accuracy"}
-    assert lines[-1]["val/miou"] == results["val/miou"]
+    assert lines[-1]["val/miou"] == results["val/miou"] > 0
     assert json.loads((workdir / "config.json").read_text())["num_classes"] == 150
 
 
@@ -126,7 +127,8 @@ def test_both_scales_and_the_classes_are_printed(run, evaluation):
         assert f"{name} {value:.6g}" in lines
         multi_scale = name.replace("val/", "val/multi_scale_")
         assert f"{multi_scale} {results[multi_scale]:.6g}" in lines
-    assert results["val/multi_scale_pixel_accuracy"] != results["val/pixel_accuracy"]
+    accuracies = [results[f"val/{kind}pixel_accuracy"] for kind in ("", "multi_scale_")]
+    assert 0 < accuracies[0] != accuracies[1]
     table = [line for line in lines if line.startswith(ade20k.CLASSES)]
     assert len(table) == 150
 
@@ -166,7 +168,7 @@ def test_a_stopped_run_resumes_bitwise(run, tmp_path, monkeypatch, num_workers):
 
     def stopping(self, start_step):
         for index, batch in enumerate(real(self, start_step), start_step):
-            if index == 2:  # read ahead: the run stops before
+            if index == STEPS // 2:  # read ahead: the run stops before
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 

@@ -43,7 +43,12 @@ def write(root: str | os.PathLike, *, sizes: dict[str, int] = SIZES, seed: int =
             for index in range(sizes[split]):
                 rng = np.random.default_rng((seed, number, index))
                 image, instances = scenes.make_scene(
-                    rng, num_digits=(4, 8), digit_size=(28, 64), split=_HANDWRITING[split]
+                    rng,
+                    num_digits=(4, 7),
+                    digit_size=(36, 56),
+                    min_visible=0.8,
+                    clutter=8,
+                    split=_HANDWRITING[split],
                 )
                 label = np.ones(image.shape[:2], np.uint8)
                 for instance in instances:
