@@ -40,6 +40,8 @@ def get_config(arg="tiny"):
     config.learning_rate_batch = 16
     config.warmup_steps = 1500
     config.warmup_learning_rate = 6e-11
+    config.betas = (0.9, 0.999)
+    config.epsilon = 1e-8
     config.weight_decay = 0.01
     config.eval_every_epochs = 12
     return config

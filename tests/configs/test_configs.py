@@ -1,4 +1,4 @@
-"""Every config, whole, as recorded beside this file, and ImageNet's against the paper's recipe.
+"""Every config, whole, as recorded beside this file, and the recipes against the paper.
 
 `configs/tiny.json` here holds what `--config configs/tiny.py` and `configs/tiny.py:mesa` give. To
 record a new config, or a change that is meant, name all arguments that it is to be recorded with:
@@ -15,6 +15,7 @@ import sys
 import pytest
 
 from vssd_jax.data.transforms import TrainTransform
+from vssd_jax.models.registry import make_config
 from vssd_jax.models.vssd import VSSDConfig
 from vssd_jax.training.optimizer import make_schedule
 
@@ -103,6 +104,29 @@ def test_imagenet_follows_the_paper(variant):
     assert (with_mesa.mesa, with_mesa.mesa_start_epoch) == (mesa, 75)
     with_mesa.mesa = 0.0
     assert with_mesa.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("variant", ["micro", "tiny", "small"])
+def test_ade20k_follows_the_paper(variant):
+    config = get_config(f"configs/upernet.py:{variant}")
+    assert config.model == f"upernet_vssd_{variant}"
+    assert config.init_from == f"weights/vssd_{variant}"
+    model = make_config(config.model, **config.model_options)
+    assert model.backbone == getattr(VSSDConfig, variant)()
+    assert (model.channels, model.pool_scales, model.num_classes) == (512, (1, 2, 3, 6), 150)
+    assert (model.aux_channels, model.aux_weight, model.dropout) == (256, 0.4, 0.1)
+
+    schedule = make_schedule(config, 20_210 // 16)
+    rates = [float(schedule(step)) for step in (0, 750, 1500, 80_750, 160_000)]
+    # To the float32 rounding of the peak.
+    assert rates == pytest.approx([6e-11, 3e-5, 6e-5, 3e-5, 0], rel=1e-6, abs=2e-12)
+    assert (config.batch_size, config.steps) == (16, 160_000)
+    assert (*config.betas, config.epsilon) == (0.9, 0.999, 1e-8)
+    assert (config.weight_decay, config.no_decay) == (0.01, "norms")
+    assert (config.clip_grad_norm, config.ema_decay) == (0, 0)
+    assert (config.image_size, config.short_side, config.long_side) == (512, 512, 2048)
+    assert (config.scales, config.max_class_share, config.flip) == ((0.5, 2.0), 0.75, 0.5)
+    assert (config.tta_ratios, config.image_shape) == ((0.75, 1.0, 1.25), (512, 2048))
 
 
 def record(names):

@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from configs import digits_segmentation, upernet
+from configs import upernet
 from tests.conftest import ROOT
 from vssd_jax import UserError
 from vssd_jax.data import ade20k
@@ -23,7 +23,6 @@ from vssd_jax.training.checkpoints import read_ema
 from vssd_jax.training.evaluation import evaluate_weights
 from vssd_jax.training.loop import train
 from vssd_jax.training.metrics import read_metrics
-from vssd_jax.training.optimizer import make_schedule
 
 STEPS = 20
 OPTIONS = {  # what compiles fast
@@ -249,28 +248,3 @@ def test_weights_of_another_number_of_classes_are_refused(run, data_dir):
     config = small_config(data_dir, dataset="digits_segmentation")
     with pytest.raises(UserError, match="has 150 classes, and the digits_segmentation"):
         evaluate_weights(config, run[1])
-
-
-@pytest.mark.parametrize("variant", ["micro", "tiny", "small"])
-def test_the_recipe(variant):
-    config = upernet.get_config(variant)
-    assert config.model == f"upernet_vssd_{variant}"
-    model = Segmentation(config)
-    assert model.num_classes == 150
-    assert model.image_shape == (512, 2048)
-    expected = {
-        "batch_size": 16, "steps": 160_000, "learning_rate": 6e-5, "weight_decay": 0.01,
-        "no_decay": "norms", "warmup_steps": 1500, "schedule": "linear", "min_learning_rate": 0,
-        "image_size": 512, "short_side": 512, "long_side": 2048, "scales": (0.5, 2.0),
-        "max_class_share": 0.75, "flip": 0.5, "tta_ratios": (0.75, 1.0, 1.25),
-    }  # fmt: skip
-    assert {name: config[name] for name in expected} == expected
-    schedule = make_schedule(config, steps_per_epoch=1263)
-    rates = [float(schedule(step)) for step in (0, 1500, 80_750, 160_000)]
-    assert rates == pytest.approx([6e-11, 6e-5, 3e-5, 0], rel=1e-5, abs=1e-15)
-
-
-def test_digits_are_a_config_of_their_own():
-    config = digits_segmentation.get_config()
-    assert config.flip == 0  # a mirrored digit is another shape
-    assert Segmentation(config).num_classes == 11
