@@ -15,7 +15,7 @@ from PIL import Image
 
 from configs import upernet
 from tests.conftest import ROOT
-from vssd_jax import UserError
+from vssd_jax import UserError, create_model
 from vssd_jax.data import ade20k
 from vssd_jax.tasks import segmentation_metrics as metrics
 from vssd_jax.tasks.segmentation import Segmentation
@@ -23,6 +23,8 @@ from vssd_jax.training.checkpoints import read_ema
 from vssd_jax.training.evaluation import evaluate_weights
 from vssd_jax.training.loop import train
 from vssd_jax.training.metrics import read_metrics
+from vssd_jax.weights.folder import Weights, write_folder
+from vssd_jax.weights.state import get_state
 
 STEPS = 20
 OPTIONS = {  # what compiles fast
@@ -73,23 +75,57 @@ def small_config(data_dir, **changes):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, data_dir):
-    """A finished run: config, workdir, results."""
-    config, workdir = small_config(data_dir), tmp_path_factory.mktemp("run") / "upernet"
-    return config, workdir, train(config, workdir)
+def weights(tmp_path_factory):
+    """A weights folder whose model predicts the first four classes, each somewhere."""
+    model = create_model("upernet_vssd_nano", num_classes=150, **OPTIONS)
+    params = get_state(model)
+    kernel, bias = (f"decode_head.classifier.{leaf}" for leaf in ("kernel", "bias"))
+    params[kernel] = 100 * params[kernel]
+    params[bias] = np.where(np.arange(150) < 4, params[bias], -1e3)
+    folder = tmp_path_factory.mktemp("weights") / "upernet"
+    write_folder(folder, Weights("upernet_vssd_nano", 150, OPTIONS, params))
+    return folder
 
 
-def test_a_run_trains_and_evaluates(run):
-    _, workdir, results = run
-    lines = read_metrics(workdir)
-    losses = [line for line in lines if "train/loss" in line]
-    assert len(losses) == STEPS
-    for line in losses:
-        total = line["train/decode"] + 0.4 * line["train/auxiliary"]
-        assert line["train/loss"] == pytest.approx(total, rel=1e-5)
-    assert set(results) == {"val/miou", "val/mean_accuracy", "val/pixel_accuracy"}
-    assert lines[-1]["val/miou"] == results["val/miou"] > 0
-    assert json.loads((workdir / "config.json").read_text())["num_classes"] == 150
+@pytest.fixture(scope="module")
+def evaluation(weights, data_dir, tmp_path_factory):
+    """With everything: numbers, printed lines and the folder of predictions."""
+    folder, printed = tmp_path_factory.mktemp("saved"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        results = evaluate_weights(
+            small_config(data_dir), weights, tta=True, save_predictions=folder
+        )
+    return results, printed.getvalue().splitlines(), folder
+
+
+NUMBERS = ("miou", "mean_accuracy", "pixel_accuracy")
+
+
+def test_both_scales_and_the_classes_are_printed(evaluation):
+    results, lines, _ = evaluation
+    for number in NUMBERS:
+        for name in (f"val/{number}", f"val/multi_scale_{number}"):
+            assert f"{name} {results[name]:.6g}" in lines
+    accuracies = [results[f"val/{kind}pixel_accuracy"] for kind in ("", "multi_scale_")]
+    assert 0 < accuracies[0] != accuracies[1]
+    table = [line for line in lines if line.startswith(ade20k.CLASSES)]
+    assert len(table) == 150
+
+
+def test_saved_labels_give_the_printed_numbers(evaluation, data_dir):
+    results, _, folder = evaluation
+    source = ade20k.ADE20K(data_dir, "validation")
+    names = [f"{name}.png" for name in source.names]
+    assert sorted(os.listdir(folder / "labels")) == sorted(os.listdir(folder / "overlays")) == names
+    confusion = 0
+    for index, name in enumerate(names):
+        predicted = ade20k.read_labels(folder / "labels" / name, 150)
+        assert len(np.unique(predicted)) > 1
+        confusion += metrics.confusion_matrix(predicted[None], source[index]["label"][None], 150)
+        with Image.open(folder / "overlays" / name) as overlay:
+            assert overlay.height > len(predicted)  # the legend
+    for name, value in metrics.summarize_confusion(confusion).items():
+        assert results[f"val/multi_scale_{name}"] == pytest.approx(value, rel=1e-12)
 
 
 def command(script, data_dir, *arguments, devices=1):
@@ -109,48 +145,10 @@ def command(script, data_dir, *arguments, devices=1):
     )
 
 
-@pytest.fixture(scope="module")
-def evaluation(run, tmp_path_factory):
-    """Of the run, with everything: numbers, printed lines and the folder of predictions."""
-    config, workdir, _ = run
-    folder, printed = tmp_path_factory.mktemp("saved"), io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        results = evaluate_weights(config, workdir, tta=True, save_predictions=folder)
-    return results, printed.getvalue().splitlines(), folder
-
-
-def test_both_scales_and_the_classes_are_printed(run, evaluation):
-    results, lines, _ = evaluation
-    for name, value in run[2].items():
-        assert results[name] == value
-        assert f"{name} {value:.6g}" in lines
-        multi_scale = name.replace("val/", "val/multi_scale_")
-        assert f"{multi_scale} {results[multi_scale]:.6g}" in lines
-    accuracies = [results[f"val/{kind}pixel_accuracy"] for kind in ("", "multi_scale_")]
-    assert 0 < accuracies[0] != accuracies[1]
-    table = [line for line in lines if line.startswith(ade20k.CLASSES)]
-    assert len(table) == 150
-
-
-def test_saved_labels_give_the_printed_numbers(evaluation, data_dir):
-    results, _, folder = evaluation
-    source = ade20k.ADE20K(data_dir, "validation")
-    names = [f"{name}.png" for name in source.names]
-    assert sorted(os.listdir(folder / "labels")) == sorted(os.listdir(folder / "overlays")) == names
-    confusion = 0
-    for index, name in enumerate(names):
-        predicted = ade20k.read_labels(folder / "labels" / name, 150)
-        confusion += metrics.confusion_matrix(predicted[None], source[index]["label"][None], 150)
-        with Image.open(folder / "overlays" / name) as overlay:
-            assert overlay.height > len(predicted)  # the legend
-    for name, value in metrics.summarize_confusion(confusion).items():
-        assert results[f"val/multi_scale_{name}"] == pytest.approx(value, rel=1e-12)
-
-
 @pytest.mark.slow
-def test_eight_devices_evaluate_as_one(run, evaluation, data_dir):
+def test_eight_devices_evaluate_as_one(weights, evaluation, data_dir):
     results = evaluation[0]
-    done = command("eval.py", data_dir, "--weights", run[1], "--tta", devices=8)
+    done = command("eval.py", data_dir, "--weights", weights, "--tta", devices=8)
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     eight = json.loads(last)
@@ -158,7 +156,30 @@ def test_eight_devices_evaluate_as_one(run, evaluation, data_dir):
     assert f"val/miou {eight['val/miou']:.6g}" in lines
 
 
-@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_dir):
+    """A finished run: config, workdir, results."""
+    config, workdir = small_config(data_dir), tmp_path_factory.mktemp("run") / "upernet"
+    return config, workdir, train(config, workdir)
+
+
+@pytest.mark.slow
+def test_a_run_trains_and_evaluates(run):
+    config, workdir, results = run
+    lines = read_metrics(workdir)
+    losses = [line for line in lines if "train/loss" in line]
+    assert len(losses) == STEPS
+    for line in losses:
+        total = line["train/decode"] + 0.4 * line["train/auxiliary"]
+        assert line["train/loss"] == pytest.approx(total, rel=1e-5)
+    assert set(results) == {f"val/{name}" for name in NUMBERS}
+    assert lines[-1]["val/miou"] == results["val/miou"] > 0
+    again = evaluate_weights(config, workdir)
+    assert {name: again[name] for name in results} == results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stopped_run_resumes_bitwise(run, tmp_path, monkeypatch, num_workers):
     config, workdir, results = run
     config = config.copy_and_resolve_references()
@@ -198,7 +219,7 @@ BAD = {
 
 def spoil(root, split, message):
     write_pairs(root, "training", [(40, 56)] * 2)
-    write_pairs(root, "validation", [(40, 56)])
+    write_pairs(root, "validation", [(40, 56)] * 2)
     path = root / "annotations" / split / "0.png"
     if BAD[message] is None:
         path.unlink()
@@ -214,10 +235,10 @@ def test_bad_labels_end_a_run(tmp_path, message):
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_labels_end_an_evaluation(run, tmp_path, message):
+def test_bad_labels_end_an_evaluation(weights, tmp_path, message):
     spoil(tmp_path, "validation", message)
     with pytest.raises(UserError, match=message):
-        evaluate_weights(small_config(tmp_path), run[1])
+        evaluate_weights(small_config(tmp_path), weights)
 
 
 def test_bad_labels_are_one_line_of_the_command(tmp_path):
@@ -244,7 +265,7 @@ def test_impossible_configs_are_refused(data_dir, tmp_path, changes, message):
         train(small_config(data_dir, **changes), tmp_path / "run")
 
 
-def test_weights_of_another_number_of_classes_are_refused(run, data_dir):
+def test_weights_of_another_number_of_classes_are_refused(weights, data_dir):
     config = small_config(data_dir, dataset="digits_segmentation")
     with pytest.raises(UserError, match="has 150 classes, and the digits_segmentation"):
-        evaluate_weights(config, run[1])
+        evaluate_weights(config, weights)

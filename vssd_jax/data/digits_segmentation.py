@@ -14,7 +14,8 @@ from vssd_jax.data import scenes
 from vssd_jax.errors import UserError
 
 CLASSES = ("background", *map(str, range(scenes.NUM_CLASSES)))
-SIZES = {"training": 800, "validation": 100}
+SIZE = (96, 128)
+SIZES = {"training": 1600, "validation": 100}
 
 _VERSION = 1  # of what `prepare` makes; a new number makes old folders be made again
 _HANDWRITING = {"training": "train", "validation": "test"}
@@ -44,10 +45,11 @@ def write(root: str | os.PathLike, *, sizes: dict[str, int] = SIZES, seed: int =
                 rng = np.random.default_rng((seed, number, index))
                 image, instances = scenes.make_scene(
                     rng,
-                    num_digits=(4, 7),
-                    digit_size=(36, 56),
-                    min_visible=0.8,
-                    clutter=8,
+                    size=SIZE,
+                    num_digits=(2, 5),
+                    digit_size=(36, 52),
+                    min_visible=0.85,
+                    clutter=6,
                     split=_HANDWRITING[split],
                 )
                 label = np.ones(image.shape[:2], np.uint8)
