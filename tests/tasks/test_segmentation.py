@@ -24,6 +24,7 @@ from vssd_jax.training.evaluation import evaluate_weights
 from vssd_jax.training.loop import train
 from vssd_jax.training.metrics import read_metrics
 from vssd_jax.weights.folder import Weights, write_folder
+from vssd_jax.weights.load import load
 from vssd_jax.weights.state import get_state
 
 STEPS = 20
@@ -262,7 +263,14 @@ def test_bad_labels_are_one_line_of_the_command(tmp_path):
 )
 def test_impossible_configs_are_refused(data_dir, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        train(small_config(data_dir, **changes), tmp_path / "run")
+        train(small_config(**{"data_dir": data_dir} | changes), tmp_path / "run")
+
+
+def test_weights_do_not_contradict_what_changes_training_alone(weights):
+    overrides = {"dropout": 0.2, "aux_weight": 0.1, "drop_path": 0.5}
+    assert load(weights, model="upernet_vssd_nano", overrides=overrides).num_classes == 150
+    with pytest.raises(UserError, match="contradict channels=16"):
+        load(weights, overrides={"channels": 16})
 
 
 def test_weights_of_another_number_of_classes_are_refused(weights, data_dir):

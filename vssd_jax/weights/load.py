@@ -16,6 +16,9 @@ from vssd_jax.weights import names, state
 from vssd_jax.weights.folder import Weights, check_dtypes, read_arrays, read_folder
 from vssd_jax.weights.torch_file import read_torch_file, select_state_dict
 
+# Fields of a model's config that change its training alone.
+_TRAINING = ("drop_path", "dropout", "aux_weight")
+
 
 def load(
     source: str | os.PathLike,
@@ -153,7 +156,7 @@ def _check_agreement(weights: Weights, model: str | None, overrides: Mapping[str
 
 def _check_equal(here, asked) -> None:
     for field, value in here.items():
-        if field != "drop_path" and value != asked[field]:
+        if field not in _TRAINING and value != asked[field]:
             raise UserError(f"the weights contradict {field}={asked[field]!r}: theirs is {value!r}")
 
 
