@@ -5,6 +5,10 @@
         --tta --save-predictions predictions
 
 The scenes are written into `data_dir` by the first run, in ADE20K's layout.
+
+Expected: not measured yet; the aim is mIoU 0.80 within 20 minutes on 2 cores. The labels
+themselves, averaged to the logits' stride of 4 and back, reach 0.92. The digits are told from the
+background within a hundred steps, and from each other only after some hundred more.
 """
 
 from vssd_jax.config import segmentation_config
@@ -30,8 +34,8 @@ def get_config(arg=None):
     config.learning_rate = 2e-3
     config.min_learning_rate = 1e-5
     config.warmup_epochs = 1
-    # The first steps' large gradients, of digits against background, are soon forgotten: with
-    # 0.999 they would keep the steps small while the digits are told apart.
+    # Forgets the first steps' large gradients, of digits against background, before the small
+    # ones that tell the digits apart; whether that helps is not measured.
     config.betas = (0.9, 0.99)
     config.weight_decay = 0.05
     config.no_decay = "vectors"
