@@ -107,8 +107,7 @@ def test_both_scales_and_the_classes_are_printed(evaluation):
     for number in NUMBERS:
         for name in (f"val/{number}", f"val/multi_scale_{number}"):
             assert f"{name} {results[name]:.6g}" in lines
-    accuracies = [results[f"val/{kind}pixel_accuracy"] for kind in ("", "multi_scale_")]
-    assert 0 < accuracies[0] != accuracies[1]
+    assert results["val/pixel_accuracy"] > 0
     table = [line for line in lines if line.startswith(ade20k.CLASSES)]
     assert len(table) == 150
 
@@ -175,8 +174,9 @@ def test_a_run_trains_and_evaluates(run):
         assert line["train/loss"] == pytest.approx(total, rel=1e-5)
     assert set(results) == {f"val/{name}" for name in NUMBERS}
     assert lines[-1]["val/miou"] == results["val/miou"] > 0
-    again = evaluate_weights(config, workdir)
+    again = evaluate_weights(config, workdir, tta=True)
     assert {name: again[name] for name in results} == results
+    assert again["val/multi_scale_pixel_accuracy"] != again["val/pixel_accuracy"]
 
 
 @pytest.mark.slow
