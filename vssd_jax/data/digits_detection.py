@@ -72,7 +72,7 @@ def _write_scenes(folder, split, count, seed) -> dict:
         rng = np.random.default_rng([seed, _SPLITS.index(split), number])
         image, instances = make_scene(rng, size=SIZE, num_digits=(1, MAX_OBJECTS), split=split)
         name = f"{number:06d}.png"
-        Image.fromarray(image).save(folder / name)
+        Image.fromarray(image).save(folder / name, compress_level=1)
         images.append({"id": number, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
         for instance in instances:
             code = coco_mask.encode(np.asfortranarray(instance.mask, np.uint8))

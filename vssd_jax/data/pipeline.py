@@ -32,11 +32,12 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    shuffle: bool = True,
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict]:
-    """Endless batches of this process's share, reshuffled every epoch.
+    """Batches of this process's share: endless, and reshuffled every epoch.
 
     Args:
       source: has `__len__` and `__getitem__`.
@@ -44,24 +45,25 @@ def train_batches(
       batch_size: global; each process gets its contiguous rows of every global batch.
       seed: of the order and the transforms.
       start_step: the first batch to yield.
+      shuffle: False takes the elements once and in order, from a source that shuffles and repeats
+        by itself.
       num_workers: worker processes; 0 reads in threads of this process.
       process_index, process_count: which share.
     """
-    dataset = (
-        grain.MapDataset.source(source)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(transform)
-        .batch(batch_size // process_count)
-    )
+    dataset = grain.MapDataset.source(source).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle().repeat()
+    dataset = dataset.random_map(transform).batch(batch_size // process_count)
     return _iterate(
         dataset[start_step * process_count + process_index :: process_count], num_workers
     )
 
 
 class _Padded:
-    """A source whose length is a multiple of the batch size; says which elements are real."""
+    """A source whose length is a multiple of the batch size; says which elements are real.
+
+    A source with padding of its own says so by `valid` of its elements.
+    """
 
     def __init__(self, source, batch_size: int):
         self.source, self.batch_size = source, batch_size
@@ -71,7 +73,7 @@ class _Padded:
 
     def __getitem__(self, index):
         valid = index < len(self.source)
-        return {**self.source[index if valid else 0], "valid": np.bool_(valid)}
+        return {"valid": np.bool_(valid), **self.source[index if valid else 0]}
 
 
 def eval_batches(

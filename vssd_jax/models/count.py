@@ -22,7 +22,8 @@ def count_multiply_adds(model: nnx.Module, image_size: tuple[int, int]) -> int:
 
     Counts the matrix products and convolutions of the traced program, and 9 * C for each
     output pixel of a depthwise convolution, which is no convolution in the program. What else
-    is multiplied (norms, gates, token weights, interpolation) is left out, as usual.
+    is multiplied (norms, gates, token weights, interpolation) is left out, as usual; products
+    that interpolate are in a `jax.named_scope("interpolation")`.
 
     Args:
       model: one that `vssd_jax.models.registry.build` makes; its arrays are not used.
@@ -44,6 +45,8 @@ def _products(jaxpr) -> int:
     for eqn in jaxpr.eqns:
         # Norms, whose sums are products on a CPU, and the depthwise convolutions.
         if eqn.primitive.name == "custom_vjp_call":
+            continue
+        if "interpolation" in str(eqn.source_info.name_stack):
             continue
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
