@@ -271,12 +271,10 @@ def test_a_source_that_shuffles_itself_keeps_its_order():
     grouped = coco.GroupedByOrientation(source, 4, seed=1, steps=7)
 
     def read(**options):
-        return [
-            batch["index"].tolist()
-            for batch in pipeline.train_batches(
-                grouped, lambda element, rng: element, batch_size=4, seed=0, shuffle=False, **options
-            )
-        ]
+        batches = pipeline.train_batches(
+            grouped, lambda x, rng: x, batch_size=4, seed=0, shuffle=False, **options
+        )
+        return [batch["index"].tolist() for batch in batches]
 
     order = [[grouped[i + j]["index"] for j in range(4)] for i in range(0, 28, 4)]
     assert read() == order

@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -20,8 +20,6 @@ from tests.conftest import ROOT
 from tests.tasks.test_coco_metrics import perfect, whole_batch
 from vssd_jax.data import digits_detection
 from vssd_jax.errors import UserError
-from vssd_jax.models import registry
-from vssd_jax.models.count import count_multiply_adds
 from vssd_jax.tasks import make_task
 from vssd_jax.tasks.coco_metrics import NUMBERS
 from vssd_jax.tasks.detection import Detection
@@ -196,7 +194,7 @@ def test_batches_are_of_one_shape_and_repeatable(data_dir):
     for batch, again in zip(batches[2:], task.train_batches(2), strict=True):
         for name, value in batch.items():
             np.testing.assert_array_equal(value, again[name])
-    seen = [batch for batch in task.eval_batches()]
+    seen = list(task.eval_batches())
     assert sum(batch["valid"].sum() for batch in seen) == 5
     assert len(seen) == 2
 
@@ -204,7 +202,7 @@ def test_batches_are_of_one_shape_and_repeatable(data_dir):
 def test_exact_padding_is_to_multiples_of_32(data_dir):
     config = small_config(data_dir)
     config.update(exact_padding=True, short_sides=(64, 90), long_side=100)
-    with pytest.raises(UserError, match="--config.eval_batch_size=1"):
+    with pytest.raises(UserError, match="add --config"):
         Detection(config)
     config.eval_batch_size = 1
     shapes = [batch["image"].shape for batch in Detection(config).eval_batches()]
@@ -232,7 +230,7 @@ def test_what_is_wrong_with_the_data_is_told(data_dir, tmp_path):
         (tmp_path / split).symlink_to(f"{data_dir}/{split}")
     annotations.mkdir()
     names = ("instances_train2017.json", "instances_val2017.json")
-    train_set, val_set = (json.loads(open(f"{data_dir}/annotations/{n}").read()) for n in names)
+    train_set, val_set = (json.loads(Path(data_dir, "annotations", n).read_text()) for n in names)
     train_set["categories"].append({"id": 11, "name": "letter"})
     train_set["annotations"][0]["category_id"] = 77
     for name, dataset in zip(names, (train_set, val_set), strict=True):
@@ -267,7 +265,8 @@ def test_the_papers_schedules(variant):
         schedule = make_schedule(config, 1000)
         for epoch, rate in zip((1, *drops), (1e-4, 1e-5, 1e-6), strict=True):
             assert schedule(1000 * epoch) == pytest.approx(rate)
-            assert schedule(1000 * epoch - 1) == pytest.approx(10 * rate if epoch > 1 else rate, 1e-2)
+            before = schedule(1000 * epoch - 1)
+            assert before == pytest.approx(10 * rate if epoch > 1 else rate, rel=1e-2)
         assert schedule(0) == pytest.approx(1e-7)
         assert (config.weight_decay, config.no_decay) == (0.05, "norms")
         assert (config.batch_size, config.clip_grad_norm, config.ema_decay) == (16, 0, 0)
@@ -310,13 +309,3 @@ def test_four_devices_train_as_one(tmp_path, data_dir):
     one, four = (read_metrics(workdir)[-1] for workdir in workdirs)
     for name, value in one.items():
         assert four[name] == pytest.approx(value, abs=1e-6), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("variant", "multiply_adds"), [("micro", 220), ("tiny", 265), ("small", 325)])
-def test_multiply_adds_are_near_the_papers(variant, multiply_adds):
-    name = f"mask_rcnn_vssd_{variant}"
-    model = registry.abstract(lambda rngs: registry.build(name, rngs=rngs))
-    count = count_multiply_adds(model, (800, 1280)) / 1e9
-    print(name, count)
-    assert jax.default_backend() == "cpu"

@@ -474,23 +474,27 @@ class GroupedByOrientation:
         return self._length
 
     def _order(self, epoch):
-        if epoch not in self._orders:
-            rng = np.random.default_rng([self.seed or 0, epoch])
-            batches = []
-            for group in self._groups:
-                if self.seed is not None:
-                    group = rng.permutation(group)
-                    group = group[: len(group) // self.batch_size * self.batch_size]
-                missing = -len(group) % self.batch_size
-                # Copies are marked by the complement of their index.
-                group = np.concatenate([group, ~group[:1].repeat(missing)])
-                batches.extend(group.reshape(-1, self.batch_size))
-            if self.seed is not None:
-                rng.shuffle(batches)
-            self._orders[epoch] = np.concatenate(batches)
-            while len(self._orders) > 2:
+        order = self._orders.get(epoch)
+        if order is None:
+            order = self._orders[epoch] = self._make_order(epoch)
+            while len(self._orders) > 2:  # other threads may be in other epochs
                 self._orders.popitem(last=False)
-        return self._orders[epoch]
+        return order
+
+    def _make_order(self, epoch):
+        rng = np.random.default_rng([self.seed or 0, epoch])
+        batches = []
+        for group in self._groups:
+            if self.seed is not None:
+                group = rng.permutation(group)
+                group = group[: len(group) // self.batch_size * self.batch_size]
+            missing = -len(group) % self.batch_size
+            # Copies are marked by the complement of their index.
+            group = np.concatenate([group, ~group[:1].repeat(missing)])
+            batches.extend(group.reshape(-1, self.batch_size))
+        if self.seed is not None:
+            rng.shuffle(batches)
+        return np.concatenate(batches)
 
     def __getitem__(self, index):
         epoch, place = divmod(index, self._per_epoch)

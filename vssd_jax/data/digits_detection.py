@@ -11,6 +11,7 @@ from PIL import Image
 
 from vssd_jax.data.coco import CocoSource
 from vssd_jax.data.scenes import NUM_CLASSES, make_scene
+from vssd_jax.errors import UserError
 
 SIZE = (128, 160)
 MAX_OBJECTS = 6
@@ -31,13 +32,19 @@ def prepare(
       data_dir: where the folder is, or will be.
       train, test: number of scenes.
       seed: of the scenes.
+
+    Raises:
+      UserError: a folder that cannot be written.
     """
     name = f"digits_detection_{_VERSION}_{train}_{test}_{seed}"
     folder = pathlib.Path(data_dir) / name
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"no scenes can be made in {data_dir}: {error.strerror}") from error
     try:
         (work / "annotations").mkdir()
         for split, count in zip(_SPLITS, (train, test), strict=True):
