@@ -155,6 +155,7 @@ def test_printed_numbers_are_those_of_the_written_predictions(data_dir, tmp_path
     source = task._source("val")
     batch = whole_batch(source)
     found = perfect(source, batch, wrong=1)._asdict()
+    found["masks"][:, 1, :, 10:] = -9  # a third of the mask is left
     # Two batches of three: the last image is padding, a copy of the first.
     order, valid = np.array([[0, 1, 2], [3, 4, 0]]), [np.ones(3, bool), np.array([1, 1, 0], bool)]
     outputs = (
@@ -214,7 +215,8 @@ def test_what_is_wrong_with_the_data_is_told(data_dir, tmp_path):
     config = small_config(data_dir)
     for changes, message in (
         ({"dataset": "coc"}, "did you mean 'coco'"),
-        ({"data_dir": "/nowhere"}, "cannot read the annotations /nowhere/annotations/instances_"),
+        ({"data_dir": "/nowhere"}, "there is no folder /nowhere; config.data_dir holds"),
+        ({"data_dir": f"{data_dir}/val2017"}, "cannot read the annotations .*instances_val2017"),
         ({"bad_annotations": "ignore"}, '"skip" or "refuse"'),
         ({"batch_size": 10}, "there are 8 landscape and 4 portrait images"),
     ):

@@ -94,6 +94,11 @@ class Detection:
             folder, name = digits_detection.prepare(folder), {"val": "test"}.get(split, split)
         else:
             name = f"{split}2017"
+            if not folder.is_dir():
+                raise UserError(
+                    f"there is no folder {folder}; config.data_dir holds train2017/, val2017/ and "
+                    "annotations/ of COCO"
+                )
         return coco.CocoSource(
             folder / name,
             folder / "annotations" / f"instances_{name}.json",
