@@ -70,7 +70,7 @@ def small_config(data_dir):
     config = digits_config.get_config()
     # What compiles fast.
     config.model_options = {
-        "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "drop_path": 0.1,
+        "embed_dim": 8, "depths": (1, 0, 0, 1), "num_heads": (1, 1, 2, 2), "drop_path": 0.1,
         "mixers": ("attention",) * 4, "stem": "patch", "downsample": "patch", "fpn_channels": 8,
         "box_channels": 16, "rpn_pre_nms": 40, "rpn_pre_nms_train": 40, "rpn_proposals": 20,
         "roi_samples": 8, "max_detections": 10,
@@ -78,7 +78,7 @@ def small_config(data_dir):
     config.update(
         dataset="coco", data_dir=data_dir, short_sides=(64,), long_side=80, flip=0.5,
         padded_shapes=((96, 96),), batch_size=4, eval_batch_size=4, steps=STEPS,
-        warmup_steps=2, learning_rate=1e-3, log_every_steps=1, ema_decay=0.5,
+        warmup_steps=2, learning_rate=1e-3, log_every_steps=1, ema_decay=0.5, clip_grad_norm=0.0,
     )  # fmt: skip
     return config
 
@@ -131,6 +131,7 @@ def test_evaluation_of_the_workdir_gives_the_same_numbers(run, tmp_path, capsys)
     assert np.asarray(Image.open(tmp_path / "found/0.png")).shape == (160, 128, 3)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_as_if_never_stopped(run, tmp_path, monkeypatch):
     config, workdir, results = run
     real = Detection.train_batches
@@ -216,7 +217,7 @@ def test_what_is_wrong_with_the_data_is_told(data_dir, tmp_path):
     for changes, message in (
         ({"dataset": "coc"}, "did you mean 'coco'"),
         ({"data_dir": "/nowhere"}, "there is no folder /nowhere; config.data_dir holds"),
-        ({"data_dir": f"{data_dir}/val2017"}, "cannot read the annotations .*instances_val2017"),
+        ({"data_dir": f"{data_dir}/val2017"}, "cannot read the annotations"),
         ({"bad_annotations": "ignore"}, '"skip" or "refuse"'),
         ({"batch_size": 10}, "there are 8 landscape and 4 portrait images"),
     ):
