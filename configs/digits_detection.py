@@ -24,14 +24,14 @@ def get_config(arg=None):
 
     config.batch_size = 8
     config.eval_batch_size = 20
-    config.epochs = 10
+    config.epochs = 6
     config.schedule = "cosine"
     config.learning_rate = 1e-3
     config.min_learning_rate = 1e-5
     config.warmup_steps = 100
     config.clip_grad_norm = 5.0
     config.ema_decay = 0.99
-    config.eval_every_epochs = 5
+    config.eval_every_epochs = 3
     config.log_every_steps = 25
     if arg:
         raise ValueError(f"unknown argument {arg!r}: this config takes none")

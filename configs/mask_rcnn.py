@@ -46,7 +46,9 @@ def get_config(arg="tiny,1x"):
     config.learning_rate_batch = 16
     config.warmup_steps = 1000
     config.warmup_learning_rate = 1e-7
+    config.betas = (0.9, 0.999)
     config.weight_decay = 0.05
+    config.no_decay = "norms"
     config.epochs, config.decay_epochs = 12, (8, 11)
     if schedule == "3x":
         config.epochs, config.decay_epochs = 36, (27, 33)
