@@ -210,7 +210,7 @@ def test_exact_padding_is_to_multiples_of_32(data_dir):
     assert len(shapes) == 5
 
 
-def test_what_is_wrong_with_the_data_is_told(data_dir, tmp_path):
+def test_what_is_wrong_with_the_data_is_told(data_dir, tmp_path, capsys):
     config = small_config(data_dir)
     for changes, message in (
         ({"dataset": "coc"}, "did you mean 'coco'"),
@@ -239,6 +239,8 @@ def test_what_is_wrong_with_the_data_is_told(data_dir, tmp_path):
     config.data_dir = str(tmp_path)
     with pytest.raises(UserError, match="the categories of"):
         next(Detection(config).train_batches(0))
+    assert "left out of" in (told := capsys.readouterr().out)
+    assert "image 0, annotation 1: unknown category 77" in told
     config.bad_annotations = "refuse"
     with pytest.raises(UserError, match="image 0, annotation 1: unknown category 77"):
         Detection(config).train_size  # noqa: B018

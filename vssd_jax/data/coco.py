@@ -6,7 +6,6 @@ Boxes are x1 y1 x2 y2 in pixels. Semantics of resizing, cropping and masks are m
 
 import collections
 import json
-import logging
 import math
 import os
 import pathlib
@@ -20,7 +19,7 @@ from vssd_jax.data.decode import UnreadableImage, decode
 from vssd_jax.errors import UserError
 
 LANDSCAPE, PORTRAIT = (800, 1344), (1344, 800)
-_SHOWN = 5
+_SHOWN = 20
 
 
 class BadAnnotation(ValueError):
@@ -39,7 +38,7 @@ class CocoSource:
       images: folder of the pictures.
       annotations: the JSON file, in COCO's "instances" format.
       training: leave out images without objects or with a side below 32 pixels.
-      bad_annotations: "skip" leaves out what is wrong, and logs it; "refuse" raises.
+      bad_annotations: "skip" leaves out what is wrong and notes it in `problems`; "refuse" raises.
 
     Attributes:
       category_ids: (classes,) COCO's id of each label; labels number the ids in their order.
@@ -71,13 +70,10 @@ class CocoSource:
         self.names = [str(c.get("name", c["id"])) for c in categories]
         present = {entry.name for entry in os.scandir(self.folder)}
         objects, self.problems, self.bad_annotations = self._check(dataset, present)
-        if self.problems:
-            shown = "; ".join(self.problems[:_SHOWN])
-            rest = len(self.problems) - _SHOWN
-            text = f"{self.annotations}: {shown}{f'; and {rest} more' if rest > 0 else ''}"
-            if bad_annotations == "refuse":
-                raise UserError(f'{text}. Mend them, or leave them out: bad_annotations="skip"')
-            logging.getLogger(__name__).warning("left out: %s", text)
+        if self.problems and bad_annotations == "refuse":
+            raise UserError(
+                f'{self.describe_problems()}. Mend them, or leave them out: bad_annotations="skip"'
+            )
         records, files, self.image_ids, sizes = [], [], [], []
         for image in dataset["images"]:
             found = objects.get(image["id"])
@@ -94,6 +90,12 @@ class CocoSource:
         self._records = np.frombuffer(b"".join(records), np.uint8)
         self._ends = np.cumsum([len(record) for record in records])
         self._files, self.sizes = np.array(files), np.array(sizes, np.int32)
+
+    def describe_problems(self) -> str:
+        """The first `problems`, and how many more there are."""
+        rest = len(self.problems) - _SHOWN
+        shown = self.problems[:_SHOWN] + ([f"and {rest} more"] if rest > 0 else [])
+        return f"{self.annotations}: {'; '.join(shown)}"
 
     def _check(self, dataset, present):
         """Good objects by image id (no entry: image left out), problems, places of bad ones."""

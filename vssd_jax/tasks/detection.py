@@ -16,6 +16,7 @@ from vssd_jax.errors import UserError
 from vssd_jax.models import registry
 from vssd_jax.models.mask_rcnn import Detections
 from vssd_jax.tasks import coco_metrics
+from vssd_jax.training.distributed import say
 from vssd_jax.training.optimizer import total_steps
 
 DATASETS = ("coco", "digits_detection")
@@ -99,12 +100,15 @@ class Detection:
                     f"there is no folder {folder}; config.data_dir holds train2017/, val2017/ and "
                     "annotations/ of COCO"
                 )
-        return coco.CocoSource(
+        source = coco.CocoSource(
             folder / name,
             folder / "annotations" / f"instances_{name}.json",
             training=split == "train",
             bad_annotations=config.bad_annotations,
         )
+        if source.problems:
+            say(f"left out of {source.describe_problems()}")
+        return source
 
     @property
     def train_size(self) -> int:
