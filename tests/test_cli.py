@@ -33,6 +33,10 @@ def command(*arguments, **options):
             ["train.py", "--config", "configs/tiny.py", "--config.data_dir=/nowhere"],
             "/nowhere",
         ),
+        (
+            ["train.py", "--config", "configs/mask_rcnn.py:tiny,1x", "--config.data_dir=/nowhere"],
+            "there is no folder /nowhere",
+        ),
         (["eval.py", "--config", "configs/digits.py"], "--weights is missing"),
         (["eval.py", "--config", "configs/digits.py", "--weights", "nowhere"], "nowhere"),
     ],

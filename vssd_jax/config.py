@@ -96,6 +96,31 @@ def segmentation_config() -> ml_collections.ConfigDict:
     return config
 
 
+def detection_config() -> ml_collections.ConfigDict:
+    """The base config with the fields of detection, with the numbers of COCO."""
+    config = base_config()
+    config.task = "detection"
+    config.dataset = "coco"
+    config.image_shape = (800, 1280)  # multiply-adds and throughput are given for it
+    # Short sides, of which training takes one at random and evaluation the greatest.
+    config.short_sides = (800,)
+    config.long_side = 1333
+    # The sizes (H, W) that images are padded to, a landscape and a portrait one, or one alone.
+    config.padded_shapes = ((800, 1344), (1344, 800))
+    config.crop = False  # of half of the images, as the 3x schedule does
+    config.flip = 0.5
+    config.max_objects = 100  # of an image in training
+    config.bad_annotations = "skip"  # or "refuse"
+    # Evaluate with padding to multiples of 32, as the authors do, one image at a time.
+    config.exact_padding = False
+    config.max_pictures = 200  # that --save-predictions draws, the first ones
+    config.schedule = "steps"
+    config.no_decay = "norms"
+    config.clip_grad_norm = 0.0
+    config.ema_decay = 0.0  # no average
+    return config
+
+
 def imagenet_config() -> ml_collections.ConfigDict:
     """The paper's recipe for ImageNet-1K; the variants differ in batch, rates and MESA."""
     config = classification_config()

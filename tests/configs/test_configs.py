@@ -15,6 +15,7 @@ import sys
 import pytest
 
 from vssd_jax.data.transforms import TrainTransform
+from vssd_jax.models.mask_rcnn import MaskRCNNConfig
 from vssd_jax.models.registry import make_config
 from vssd_jax.models.vssd import VSSDConfig
 from vssd_jax.training.optimizer import make_schedule
@@ -127,6 +128,41 @@ def test_ade20k_follows_the_paper(variant):
     assert (config.image_size, config.short_side, config.long_side) == (512, 512, 2048)
     assert (config.scales, config.max_class_share, config.flip) == ((0.5, 2.0), 0.75, 0.5)
     assert (config.tta_ratios, config.image_shape) == ((0.75, 1.0, 1.25), (512, 2048))
+
+
+@pytest.mark.parametrize("variant", ["micro", "tiny", "small"])
+def test_mask_rcnn_follows_the_paper(variant):
+    short, long = (get_config(f"configs/mask_rcnn.py:{variant},{name}") for name in ("1x", "3x"))
+    for config, epochs, drops in ((short, 12, (8, 11)), (long, 36, (27, 33))):
+        assert config.model == f"mask_rcnn_vssd_{variant}"
+        assert config.model_options.to_dict() == {}
+        assert config.init_from == f"weights/vssd_{variant}"
+        assert (config.batch_size, config.epochs, config.steps) == (16, epochs, None)
+        schedule = make_schedule(config, 2000)
+        for epoch, rate in ((0, 1e-7), (0.25, 5e-5), (0.5, 1e-4), (1, 1e-4), (drops[0], 1e-5),
+                            (drops[1], 1e-6)):  # fmt: skip
+            assert schedule(2000 * epoch) == pytest.approx(rate, rel=2e-3)
+        for drop, rate in zip(drops, (1e-4, 1e-5), strict=True):
+            assert schedule(2000 * drop - 1) == pytest.approx(rate)
+        assert (*config.betas, config.weight_decay, config.no_decay) == (0.9, 0.999, 0.05, "norms")
+        assert (config.clip_grad_norm, config.ema_decay) == (0, 0)
+        assert (config.long_side, config.flip) == (1333, 0.5)
+    assert (short.short_sides, short.crop) == ((800,), False)
+    assert long.short_sides == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    assert long.crop
+    for wrong in ("base,1x", "tiny", "tiny,2x"):
+        with pytest.raises(ValueError, match="give"):
+            get_config(f"configs/mask_rcnn.py:{wrong}")
+    model = getattr(MaskRCNNConfig, variant)()
+    backbone = getattr(VSSDConfig, variant)()
+    assert model == MaskRCNNConfig(
+        backbone=backbone, num_classes=80, fpn_channels=256, box_channels=1024,
+        anchor_scale=8.0, anchor_ratios=(0.5, 1.0, 2.0),
+        rpn_pre_nms=1000, rpn_pre_nms_train=2000, rpn_proposals=1000, rpn_nms_iou=0.7,
+        rpn_samples=256, rpn_positive_fraction=0.5,
+        roi_samples=512, roi_positive_fraction=0.25, roi_add_objects=True,
+        score_threshold=0.05, nms_iou=0.5, max_detections=100,
+    )  # fmt: skip
 
 
 def record(names):

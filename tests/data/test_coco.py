@@ -8,7 +8,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from vssd_jax import UserError
-from vssd_jax.data import coco
+from vssd_jax.data import coco, pipeline
 from vssd_jax.data.coco import CocoSource
 
 SIZE = (48, 64)
@@ -106,13 +106,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("problem", BAD)
-def test_bad_annotations_are_named_and_left_out_or_refused(tmp_path, problem, caplog):
+def test_bad_annotations_are_named_and_left_out_or_refused(tmp_path, problem):
     paths = write(tmp_path, [*GOOD, BAD[problem]])
     source = CocoSource(*paths)
     assert len(source.problems) == 1
     assert source.problems[0].startswith("image 1, annotation 50: ")
     assert problem in source.problems[0]
-    assert "annotation 50" in caplog.text
+    assert "annotation 50" in source.describe_problems()
     assert len(source[0]["labels"]) == 3
     with pytest.raises(UserError, match="image 1, annotation 50: "):
         CocoSource(*paths, bad_annotations="refuse")
@@ -225,6 +225,7 @@ def test_evaluation_pads_to_a_shape_or_to_32(tmp_path):
     np.testing.assert_array_equal(result["image_shape"], [800, 1067])
     assert result["image"].shape == (800, 1344, 3)
     np.testing.assert_array_equal(result["original_shape"], SIZE)
+    assert result["index"] == 0
     assert coco.eval_transform(element, shapes=None)["image"].shape == (800, 1088, 3)
     portrait = ((1344, 800), (800, 1344))
     assert coco.padded_shape((640, 480), portrait) == (1344, 800)
@@ -245,14 +246,14 @@ class Sizes:
 def test_batches_of_one_orientation():
     source = Sizes(np.arange(23) % 3 == 0)
     portrait = source.sizes[:, 0] > source.sizes[:, 1]
-    shuffled = coco.GroupedByOrientation(source, 4, seed=1, epochs=2)
+    shuffled = coco.GroupedByOrientation(source, 4, seed=1, steps=10)
     order = np.array([shuffled[i]["index"] for i in range(len(shuffled))]).reshape(-1, 4)
     for batch in order:
         assert len(set(portrait[batch])) == 1
     first, second = order.reshape(2, -1)
     assert len(set(first)) == len(first) == 20  # 15 landscapes: 12; 8 portraits: 8
     assert first.tolist() != second.tolist()
-    again = coco.GroupedByOrientation(source, 4, seed=1, epochs=2)
+    again = coco.GroupedByOrientation(source, 4, seed=1, steps=10)
     assert [again[i]["index"] for i in range(40)] == order.ravel().tolist()
 
     every = coco.GroupedByOrientation(source, 4)
@@ -261,3 +262,30 @@ def test_batches_of_one_orientation():
     assert len(elements) == 24
     for i in range(0, 24, 4):
         assert len({portrait[e["index"]] for e in elements[i : i + 4]}) == 1
+    with pytest.raises(UserError, match="there are 15 landscape and 8 portrait images"):
+        coco.GroupedByOrientation(source, 16, seed=1, steps=1)
+
+
+def test_a_source_that_shuffles_itself_keeps_its_order():
+    source = Sizes(np.arange(23) % 3 == 0)
+    grouped = coco.GroupedByOrientation(source, 4, seed=1, steps=7)
+
+    def read(**options):
+        batches = pipeline.train_batches(
+            grouped, lambda x, rng: x, batch_size=4, seed=0, shuffle=False, **options
+        )
+        return [batch["index"].tolist() for batch in batches]
+
+    order = [[grouped[i + j]["index"] for j in range(4)] for i in range(0, 28, 4)]
+    assert read() == order
+    assert read(start_step=3) == order[3:]
+    halves = [read(process_index=i, process_count=2) for i in range(2)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == order
+
+
+def test_evaluation_marks_the_padding_of_the_source():
+    grouped = coco.GroupedByOrientation(Sizes(np.arange(23) % 3 == 0), 4)
+    batches = list(pipeline.eval_batches(grouped, lambda element: element, batch_size=4))
+    index, valid = (np.concatenate([b[name] for b in batches]) for name in ("index", "valid"))
+    assert len(index) == 24
+    assert sorted(index[valid]) == list(range(23))

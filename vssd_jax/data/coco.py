@@ -6,7 +6,6 @@ Boxes are x1 y1 x2 y2 in pixels. Semantics of resizing, cropping and masks are m
 
 import collections
 import json
-import logging
 import math
 import os
 import pathlib
@@ -20,7 +19,7 @@ from vssd_jax.data.decode import UnreadableImage, decode
 from vssd_jax.errors import UserError
 
 LANDSCAPE, PORTRAIT = (800, 1344), (1344, 800)
-_SHOWN = 5
+_SHOWN = 20
 
 
 class BadAnnotation(ValueError):
@@ -30,22 +29,23 @@ class BadAnnotation(ValueError):
 class CocoSource:
     """Images and their objects.
 
-    `source[i]` is a dict with `image` (encoded bytes), `image_id`, `size` (height, width), `boxes`
-    (N, 4) float32, `labels` (N,) int32 and `segmentations` (polygons or RLE, as in the JSON).
+    `source[i]` is a dict with `image` (encoded bytes), `index` (i), `image_id`, `size` (height,
+    width), `boxes` (N, 4) float32, `labels` (N,) int32 and `segmentations` (polygons or RLE, as in
+    the JSON).
     Crowds are no objects to learn from and are left out; the evaluation reads them by itself.
 
     Args:
       images: folder of the pictures.
       annotations: the JSON file, in COCO's "instances" format.
       training: leave out images without objects or with a side below 32 pixels.
-      bad_annotations: "skip" leaves out what is wrong, and logs it; "refuse" raises.
+      bad_annotations: "skip" leaves out what is wrong and notes it in `problems`; "refuse" raises.
 
     Attributes:
       category_ids: (classes,) COCO's id of each label; labels number the ids in their order.
       names: of the classes.
       sizes: (images, 2) height and width.
       problems: one line for everything left out, with the ids of image and annotation.
-      bad_annotation_ids: of the annotations among them.
+      bad_annotations: the places of the annotations among them in the JSON's list.
 
     Raises:
       UserError: a file that is missing or of another format, and with "refuse" bad annotations.
@@ -69,14 +69,11 @@ class CocoSource:
         self.category_ids = np.array([c["id"] for c in categories], np.int64)
         self.names = [str(c.get("name", c["id"])) for c in categories]
         present = {entry.name for entry in os.scandir(self.folder)}
-        objects, self.problems, self.bad_annotation_ids = self._check(dataset, present)
-        if self.problems:
-            shown = "; ".join(self.problems[:_SHOWN])
-            rest = len(self.problems) - _SHOWN
-            text = f"{self.annotations}: {shown}{f'; and {rest} more' if rest > 0 else ''}"
-            if bad_annotations == "refuse":
-                raise UserError(f'{text}. Mend them, or leave them out: bad_annotations="skip"')
-            logging.getLogger(__name__).warning("left out: %s", text)
+        objects, self.problems, self.bad_annotations = self._check(dataset, present)
+        if self.problems and bad_annotations == "refuse":
+            raise UserError(
+                f'{self.describe_problems()}. Mend them, or leave them out: bad_annotations="skip"'
+            )
         records, files, self.image_ids, sizes = [], [], [], []
         for image in dataset["images"]:
             found = objects.get(image["id"])
@@ -94,8 +91,14 @@ class CocoSource:
         self._ends = np.cumsum([len(record) for record in records])
         self._files, self.sizes = np.array(files), np.array(sizes, np.int32)
 
+    def describe_problems(self) -> str:
+        """The first `problems`, and how many more there are."""
+        rest = len(self.problems) - _SHOWN
+        shown = self.problems[:_SHOWN] + ([f"and {rest} more"] if rest > 0 else [])
+        return f"{self.annotations}: {'; '.join(shown)}"
+
     def _check(self, dataset, present):
-        """Good objects by image id (no entry: image left out), the problems, and the bad ids."""
+        """Good objects by image id (no entry: image left out), problems, places of bad ones."""
         label = {int(category): i for i, category in enumerate(self.category_ids)}
         images, objects, problems, bad = {}, {}, [], set()
         for image in dataset["images"]:
@@ -108,17 +111,18 @@ class CocoSource:
                 objects[image["id"]] = []
             else:
                 problems.append(f"{name}: the file {image['file_name']} is missing")
-        for annotation in dataset["annotations"]:
-            number, image_id = annotation.get("id"), annotation.get("image_id")
-            name = f"image {image_id}, annotation {number}"
+        for place, annotation in enumerate(dataset["annotations"]):
+            image_id = annotation.get("image_id")
+            name = f"image {image_id}, annotation {annotation.get('id')}"
             if not isinstance(image_id, int | str) or image_id not in images:
                 problems.append(f"{name}: the image is not in the list of images")
+                bad.add(place)
             elif image_id in objects:
                 try:
                     good = check_annotation(annotation, _size(images[image_id]), label)
                 except BadAnnotation as error:
                     problems.append(f"{name}: {error}")
-                    bad.add(number)
+                    bad.add(place)
                     continue
                 if not annotation.get("iscrowd"):
                     objects[image_id].append(good)
@@ -137,6 +141,7 @@ class CocoSource:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
         return {
             "image": image,
+            "index": index,
             "image_id": self.image_ids[index],
             "size": tuple(map(int, self.sizes[index])),
             "boxes": np.array([o[0] for o in objects], np.float32).reshape(-1, 4),
@@ -365,7 +370,8 @@ def eval_transform(
     padding, so that its amount changes the scores a little.
 
     Returns:
-      image, image_shape as in `train_transform`, and image_id (int64) and original_shape (2,).
+      image, image_shape as in `train_transform`, and original_shape (2,) and index (int32), the
+      element's place in the source.
     """
     image = _decode(element)
     if shapes is None:
@@ -378,7 +384,7 @@ def eval_transform(
     return {
         "image": _normalise_and_pad(image, shape),
         "image_shape": np.array(size, np.int32),
-        "image_id": np.int64(element["image_id"]),
+        "index": np.int32(element["index"]),
         "original_shape": np.array(element["size"], np.int32),
     }
 
@@ -439,44 +445,58 @@ class GroupedByOrientation:
     Args:
       source: with `sizes`, as `CocoSource`.
       batch_size: global.
-      seed: with it, the elements are shuffled anew for each of the `epochs`, and the few that
-        fill no batch are left out of the epoch. Without, each element comes once; batches are
-        filled up with copies, whose `valid` is False.
-      epochs: how often the elements come, with a seed.
+      seed: with it, the elements are shuffled anew for each epoch, and the few that fill no
+        batch are left out of the epoch. Without, each element comes once; batches are filled up
+        with copies, whose `valid` is False.
+      steps: number of batches, with a seed.
+
+    Raises:
+      UserError: with a seed, images of neither orientation fill a batch.
     """
 
-    def __init__(self, source, batch_size: int, *, seed: int | None = None, epochs: int = 1):
+    def __init__(self, source, batch_size: int, *, seed: int | None = None, steps: int = 0):
         self.source, self.batch_size, self.seed = source, batch_size, seed
         portrait = source.sizes[:, 0] > source.sizes[:, 1]
         self._groups = [np.flatnonzero(portrait == kind) for kind in (False, True)]
         if seed is None:
             self._per_epoch = sum(-(-len(g) // batch_size) for g in self._groups) * batch_size
+            self._length = self._per_epoch
         else:
             self._per_epoch = sum(len(g) // batch_size for g in self._groups) * batch_size
-        self._length = self._per_epoch * epochs
+            self._length = steps * batch_size
+        if not self._per_epoch:
+            counts = " landscape and ".join(str(len(group)) for group in self._groups)
+            raise UserError(
+                f"a batch of {batch_size} has images of one orientation, and there are {counts} "
+                "portrait images; use a smaller config.batch_size"
+            )
         self._orders = collections.OrderedDict()
 
     def __len__(self):
         return self._length
 
     def _order(self, epoch):
-        if epoch not in self._orders:
-            rng = np.random.default_rng([self.seed or 0, epoch])
-            batches = []
-            for group in self._groups:
-                if self.seed is not None:
-                    group = rng.permutation(group)
-                    group = group[: len(group) // self.batch_size * self.batch_size]
-                missing = -len(group) % self.batch_size
-                # Copies are marked by the complement of their index.
-                group = np.concatenate([group, ~group[:1].repeat(missing)])
-                batches.extend(group.reshape(-1, self.batch_size))
-            if self.seed is not None:
-                rng.shuffle(batches)
-            self._orders[epoch] = np.concatenate(batches)
-            while len(self._orders) > 2:
+        order = self._orders.get(epoch)
+        if order is None:
+            order = self._orders[epoch] = self._make_order(epoch)
+            while len(self._orders) > 2:  # other threads may be in other epochs
                 self._orders.popitem(last=False)
-        return self._orders[epoch]
+        return order
+
+    def _make_order(self, epoch):
+        rng = np.random.default_rng([self.seed or 0, epoch])
+        batches = []
+        for group in self._groups:
+            if self.seed is not None:
+                group = rng.permutation(group)
+                group = group[: len(group) // self.batch_size * self.batch_size]
+            missing = -len(group) % self.batch_size
+            # Copies are marked by the complement of their index.
+            group = np.concatenate([group, ~group[:1].repeat(missing)])
+            batches.extend(group.reshape(-1, self.batch_size))
+        if self.seed is not None:
+            rng.shuffle(batches)
+        return np.concatenate(batches)
 
     def __getitem__(self, index):
         epoch, place = divmod(index, self._per_epoch)

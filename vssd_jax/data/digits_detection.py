@@ -11,6 +11,7 @@ from PIL import Image
 
 from vssd_jax.data.coco import CocoSource
 from vssd_jax.data.scenes import NUM_CLASSES, make_scene
+from vssd_jax.errors import UserError
 
 SIZE = (128, 160)
 MAX_OBJECTS = 6
@@ -31,13 +32,19 @@ def prepare(
       data_dir: where the folder is, or will be.
       train, test: number of scenes.
       seed: of the scenes.
+
+    Raises:
+      UserError: a folder that cannot be written.
     """
     name = f"digits_detection_{_VERSION}_{train}_{test}_{seed}"
     folder = pathlib.Path(data_dir) / name
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"no scenes can be made in {data_dir}: {error.strerror}") from error
     try:
         (work / "annotations").mkdir()
         for split, count in zip(_SPLITS, (train, test), strict=True):
@@ -72,7 +79,7 @@ def _write_scenes(folder, split, count, seed) -> dict:
         rng = np.random.default_rng([seed, _SPLITS.index(split), number])
         image, instances = make_scene(rng, size=SIZE, num_digits=(1, MAX_OBJECTS), split=split)
         name = f"{number:06d}.png"
-        Image.fromarray(image).save(folder / name)
+        Image.fromarray(image).save(folder / name, compress_level=1)
         images.append({"id": number, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
         for instance in instances:
             code = coco_mask.encode(np.asfortranarray(instance.mask, np.uint8))

@@ -32,11 +32,12 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
+    shuffle: bool = True,
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict]:
-    """Endless batches of this process's share, reshuffled every epoch.
+    """Batches of this process's share: endless, and reshuffled every epoch.
 
     Args:
       source: has `__len__` and `__getitem__`.
@@ -44,17 +45,16 @@ def train_batches(
       batch_size: global; each process gets its contiguous rows of every global batch.
       seed: of the order and the transforms.
       start_step: the first batch to yield.
+      shuffle: False takes the elements once and in order, from a source that shuffles and repeats
+        by itself.
       num_workers: worker processes; 0 reads in threads of this process.
       process_index, process_count: which share.
     """
-    dataset = (
-        grain.MapDataset.source(source)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .random_map(transform)
-        .batch(batch_size // process_count)
-    )
+    dataset = grain.MapDataset.source(source).seed(seed)
+    if shuffle:
+        dataset = dataset.shuffle().repeat()
+    # drop_remainder: rounding up the endless length would overflow.
+    dataset = dataset.random_map(transform).batch(batch_size // process_count, drop_remainder=True)
     return _iterate(
         dataset[start_step * process_count + process_index :: process_count], num_workers
     )

@@ -124,6 +124,7 @@ class MaskRCNN(nnx.Module):
       config: the architecture.
       num_classes: classes without the background; None takes the config's.
       dtype: float32 or bfloat16 activations; boxes, scores and losses are float32.
+      implementation: of the backbone's kernels, see `VSSD`.
       remat: recompute the backbone's blocks in the backward pass.
       rngs: with a `params` stream for the initialisation.
     """
@@ -134,6 +135,7 @@ class MaskRCNN(nnx.Module):
         *,
         num_classes: int | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
+        implementation: str | None = None,
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -142,7 +144,14 @@ class MaskRCNN(nnx.Module):
         options = {"precision": self.precision, "rngs": rngs}
         widths = [config.backbone.embed_dim * 2**stage for stage in range(4)]
         channels = config.fpn_channels
-        self.backbone = VSSD(config.backbone, num_classes=None, dtype=dtype, remat=remat, rngs=rngs)
+        self.backbone = VSSD(
+            config.backbone,
+            num_classes=None,
+            dtype=dtype,
+            implementation=implementation,
+            remat=remat,
+            rngs=rngs,
+        )
         self.neck = FPN(widths, channels, **options)
         self.rpn_head = RPNHead(channels, len(config.anchor_ratios), **options)
         self.box_head = BoxHead(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import inspect
 import os
 import types
 from collections.abc import Callable
@@ -24,7 +23,7 @@ class Family:
     """Models that differ in their config alone.
 
     Attributes:
-      module: called with (config, num_classes=, dtype=, remat=, rngs=).
+      module: called with (config, num_classes=, dtype=, remat=, implementation=, rngs=).
       config: a dataclass with a classmethod for each variant.
       variants: what stands behind the prefix in the models' names.
       num_classes: the default; None leaves it to the config.
@@ -136,11 +135,14 @@ def build(
     """
     family, _ = find(name)
     config = make_config(name, **overrides)
-    options = {"dtype": dtype, "remat": remat, "implementation": implementation, "rngs": rngs}
-    if "implementation" not in inspect.signature(family.module).parameters:
-        del options["implementation"]
-    num_classes = family.num_classes if num_classes is None else num_classes
-    return family.module(config, num_classes=num_classes, **options)
+    return family.module(
+        config,
+        num_classes=family.num_classes if num_classes is None else num_classes,
+        dtype=dtype,
+        remat=remat,
+        implementation=implementation,
+        rngs=rngs,
+    )
 
 
 def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:

@@ -13,6 +13,7 @@ from vssd_jax.data.coco import CocoSource, rasterise, read_annotations
 from vssd_jax.data.decode import decode
 from vssd_jax.models.detection.masks import paste_masks
 
+KINDS = {"box": "bbox", "mask": "segm"}  # our names and pycocotools'
 # COCO's twelve numbers, in its order; the sizes are of objects in pixels of area.
 NUMBERS = (
     "map", "ap50", "ap75", "map_small", "map_medium", "map_large",
@@ -20,14 +21,16 @@ NUMBERS = (
 )  # fmt: skip
 
 
-def to_results(detections, batch: dict, category_ids, *, threshold: float = 0.5) -> list[dict]:
+def to_results(
+    detections, batch: dict, source: CocoSource, *, threshold: float = 0.5
+) -> list[dict]:
     """Detections of a batch in COCO's result format, in pixels of the original images.
 
     Args:
       detections: of `MaskRCNN.predict`, as NumPy arrays.
-      batch: `image_id`, `image_shape` and `original_shape` as from `coco.eval_transform`; images
+      batch: `index`, `image_shape` and `original_shape` as from `coco.eval_transform`; images
         whose `valid` (if there) is False are left out.
-      category_ids: COCO's id of each label.
+      source: where the images come from.
       threshold: least probability of a mask's pixel.
 
     Returns:
@@ -37,8 +40,8 @@ def to_results(detections, batch: dict, category_ids, *, threshold: float = 0.5)
     from pycocotools import mask as coco_mask
 
     results = []
-    for i, image_id in enumerate(batch["image_id"]):
-        if not batch.get("valid", np.ones(len(batch["image_id"]), bool))[i]:
+    for i, index in enumerate(batch["index"]):
+        if not batch.get("valid", np.ones(len(batch["index"]), bool))[i]:
             continue
         found = detections.valid[i]
         height, width = map(int, batch["original_shape"][i])
@@ -53,8 +56,8 @@ def to_results(detections, batch: dict, category_ids, *, threshold: float = 0.5)
             x1, y1, x2, y2 = map(float, box)
             results.append(
                 {
-                    "image_id": int(image_id),
-                    "category_id": int(category_ids[label]),
+                    "image_id": source.image_ids[index],
+                    "category_id": int(source.category_ids[label]),
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "score": float(score),
                     "segmentation": {
@@ -76,11 +79,13 @@ def evaluate(source: CocoSource, results: list[dict]) -> dict[str, dict[str, flo
     from pycocotools.cocoeval import COCOeval
 
     dataset = read_annotations(source.annotations)
-    bad = source.bad_annotation_ids
     images = set(source.image_ids)
     dataset["images"] = [x for x in dataset["images"] if x["id"] in images]
+    # Ids of our own: pycocotools takes an annotation 0 for "no match".
     dataset["annotations"] = [
-        x for x in dataset["annotations"] if x["image_id"] in images and x["id"] not in bad
+        {"iscrowd": 0, "area": x["bbox"][2] * x["bbox"][3], **x, "id": place + 1}
+        for place, x in enumerate(dataset["annotations"])
+        if place not in source.bad_annotations and x["image_id"] in images
     ]
     if not results:
         return {kind: dict.fromkeys(NUMBERS, 0.0) for kind in ("box", "mask")}
@@ -89,9 +94,8 @@ def evaluate(source: CocoSource, results: list[dict]) -> dict[str, dict[str, flo
         truth = COCO()
         truth.dataset = dataset
         truth.createIndex()
-        predictions = truth.loadRes(results)
-        for kind, name in (("box", "bbox"), ("mask", "segm")):
-            evaluation = COCOeval(truth, predictions, name)
+        for kind, name in KINDS.items():
+            evaluation = COCOeval(truth, truth.loadRes(results_of(name, results)), name)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -99,11 +103,13 @@ def evaluate(source: CocoSource, results: list[dict]) -> dict[str, dict[str, flo
     return scores
 
 
-def format_table(scores: dict[str, dict[str, float]]) -> str:
-    """The twelve numbers of boxes and masks, a line each."""
-    lines = [f"{'':12}{'box':>8}{'mask':>8}"]
-    lines += [f"{name:12}{scores['box'][name]:8.3f}{scores['mask'][name]:8.3f}" for name in NUMBERS]
-    return "\n".join(lines)
+def results_of(kind: str, results: list[dict]) -> list[dict]:
+    """The results with nothing but their "bbox", or nothing but their "segm" (masks).
+
+    pycocotools measures the size of a detection by its box where there is one, also for masks.
+    """
+    other = {"bbox": "segmentation", "segm": "bbox"}[kind]
+    return [{key: value for key, value in r.items() if key != other} for r in results]
 
 
 def save_predictions(
@@ -114,7 +120,9 @@ def save_predictions(
     min_score: float = 0.3,
     max_pictures: int | None = None,
 ) -> None:
-    """Writes `results.json` (COCO's result format) and pictures with boxes, masks and names.
+    """Writes `bbox.json` and `segm.json` (COCO's result format) and pictures.
+
+    The pictures are the images with boxes, masks, names and scores, as `<image id>.png`.
 
     Args:
       folder: made if missing; each file is written beside its place and then renamed.
@@ -127,7 +135,8 @@ def save_predictions(
 
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "results.json", json.dumps(results).encode())
+    for kind in KINDS.values():
+        _write(folder / f"{kind}.json", json.dumps(results_of(kind, results)).encode())
     by_image = {}
     for result in results:
         if result["score"] >= min_score:

@@ -188,13 +188,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
             contextlib.closing(writer),
         ):
             batches = device_batches(task.train_batches(start), mesh)
-            program = None
+            programs = {}  # by the shapes of a batch, of which detection has a few
             pending, step, stopped = [], start, False
             timed_from, since = start, time.perf_counter()
             while step < total and not stopped:
                 batch = next(batches)
-                if program is None:
-                    program = train_step.lower(state, batch, step_key).compile()
+                shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+                if (program := programs.get(shapes)) is None:
+                    programs[shapes] = program = train_step.lower(state, batch, step_key).compile()
                     say(report.describe_program(program))
                     report.check_memory(report.program_bytes(program), "a training step")
                 step += 1

@@ -1,5 +1,6 @@
 """Learning-rate schedules and the optimizer, from the fields of a config."""
 
+import jax.numpy as jnp
 import ml_collections
 import optax
 
@@ -33,9 +34,10 @@ def make_schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> op
     else:
         near = did_you_mean(config.schedule, ("cosine", "linear", "steps"))
         raise UserError(f"unknown schedule {config.schedule!r}{near}")
-    if warmup == 0:
-        return after
-    return optax.join_schedules([optax.linear_schedule(start, peak, warmup), after], [warmup])
+    if warmup > 0:
+        after = optax.join_schedules([optax.linear_schedule(start, peak, warmup), after], [warmup])
+    # In float64 where that is on: optax divides an int32 step in float32.
+    return lambda step: after(jnp.asarray(step, float))
 
 
 def total_steps(config: ml_collections.ConfigDict, steps_per_epoch: int) -> int:

@@ -17,7 +17,11 @@ from vssd_jax.weights.folder import Weights, check_dtypes, read_arrays, read_fol
 from vssd_jax.weights.torch_file import read_torch_file, select_state_dict
 
 # Fields of a model's config that change its training alone.
-_TRAINING = ("drop_path", "dropout", "aux_weight")
+_TRAINING = (
+    "drop_path", "dropout", "aux_weight",
+    "rpn_pre_nms_train", "rpn_samples", "rpn_positive_fraction",
+    "roi_samples", "roi_positive_fraction", "roi_add_objects",
+)  # fmt: skip
 
 
 def load(

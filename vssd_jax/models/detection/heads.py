@@ -6,20 +6,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vssd_jax.models.vssd import Conv, Precision
+from vssd_jax.models.vssd import Conv, Precision, normal, uniform
+
+
+def _xavier(fans: int):
+    """Xavier's uniform initialisation; `fans` is fan in plus fan out."""
+    return uniform(-math.sqrt(6 / fans), math.sqrt(6 / fans))
 
 
 def _conv(inputs, outputs, size, *, std=None, precision, rngs):
     """A convolution with zero biases and weights of deviation `std`, else Xavier's uniform."""
     conv = Conv(inputs, outputs, size, precision=precision, rngs=rngs)
-    init = nnx.initializers.xavier_uniform() if std is None else nnx.initializers.normal(std)
+    init = _xavier(size * size * (inputs + outputs)) if std is None else normal(std)
     conv.kernel = nnx.Param(init(rngs.params(), conv.kernel.shape, precision.state))
     conv.bias = nnx.Param(jnp.zeros_like(conv.bias[...]))
     return conv
 
 
 def _linear(inputs, outputs, *, std=None, precision, rngs):
-    init = nnx.initializers.xavier_uniform() if std is None else nnx.initializers.normal(std)
+    init = _xavier(inputs + outputs) if std is None else normal(std)
     return nnx.Linear(
         inputs,
         outputs,
@@ -93,7 +98,7 @@ class Upsample(nnx.Module):
 
     def __init__(self, inputs, outputs, *, precision, rngs):
         # Kaiming normal, fan out, as PyTorch counts it for a deconvolution.
-        init = nnx.initializers.normal(math.sqrt(2 / (4 * inputs)))
+        init = normal(math.sqrt(2 / (4 * inputs)))
         self.kernel = nnx.Param(init(rngs.params(), (2, 2, inputs, outputs), precision.state))
         self.bias = nnx.Param(jnp.zeros((outputs,), precision.state))
         self.precision = precision

@@ -93,7 +93,8 @@ def _weigh(features, wy, wx):
 
     one = batch * bins * width * channels * np.dtype(features.dtype).itemsize
     chunk = max(1, min(len(wy), _CHUNK_BYTES // one))
-    return jnp.moveaxis(jax.lax.map(align, (wy, wx), batch_size=chunk), 0, 1)
+    with jax.named_scope("interpolation"):  # which `models.count` leaves out
+        return jnp.moveaxis(jax.lax.map(align, (wy, wx), batch_size=chunk), 0, 1)
 
 
 def region_levels(boxes, levels: int, finest: float = 56.0):
