@@ -27,6 +27,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
+def parse(parser: argparse.ArgumentParser, **on_cpu) -> argparse.Namespace:
+    """The options; `on_cpu` are the defaults without a GPU, so small that a minute is enough."""
+    if jax.default_backend() != "gpu":
+        parser.set_defaults(rounds=3, seconds=0.2, **on_cpu)
+    return parser.parse_args()
+
+
 def machine() -> dict:
     """What the figures were measured on."""
     cpu = platform.processor()

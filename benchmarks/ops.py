@@ -4,7 +4,7 @@ The roofline is the bandwidth of a copy measured in the same run; an operation's
 of its arguments and results, read or written once.
 
     python -m benchmarks.ops --model tiny --batch 128 --dtype bfloat16       # GPU
-    python -m benchmarks.ops --model nano --batch 2 --seconds 0.1            # CPU, to try it
+    python -m benchmarks.ops                          # CPU: nano, 2 images, float32
 """
 
 import functools
@@ -76,7 +76,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--directions", nargs="+", default=["forward", "gradient"])
     parser.add_argument("--depth", type=int, help="calls between two waits (1, on a GPU 20)")
-    options = parser.parse_args()
+    options = common.parse(parser, model="nano", batch=2, dtype="float32")
     options.depth = options.depth or (20 if jax.default_backend() == "gpu" else 1)
     roofline = bandwidth(options)
     print(f"copy: {roofline / 1e9:.0f} GB/s")

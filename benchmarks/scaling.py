@@ -3,7 +3,7 @@
 The last stage's attention grows with the square; `--mixers ncssd` leaves it out.
 
     python -m benchmarks.scaling --model tiny --dtype bfloat16               # GPU
-    python -m benchmarks.scaling --model nano --sizes 64 128 256             # CPU
+    python -m benchmarks.scaling                      # CPU: nano, 64 to 256 pixels, float32
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ def main():
     parser.add_argument("--mixers", nargs="+", default=["paper", "ncssd"],
                         choices=["paper", "ncssd", "attention"],
                         help="the paper's, or one mixer in all stages")
-    options = parser.parse_args()
+    options = common.parse(parser, model="nano", sizes=[64, 128, 256], dtype="float32")
 
     rows = []
     for mixers in options.mixers:
