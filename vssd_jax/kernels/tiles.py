@@ -60,6 +60,17 @@ def dot(a, b):
     return jax.lax.dot(a, b, precision=precision, preferred_element_type=f32)
 
 
+def layer_norm(x, scale_ref, bias_ref, columns, epsilon):
+    """LayerNorm of the rows of x, whose columns are `columns`, in two passes; dtype of x."""
+    wide, channels = x.astype(f32), scale_ref.shape[0]
+    mean = jnp.sum(wide, axis=1) / channels
+    centred = jnp.where(columns[1][None, :], wide - mean[:, None], 0.0)
+    variance = jnp.sum(centred * centred, axis=1) / channels
+    scale, bias = (load(ref, columns)[None, :] for ref in (scale_ref, bias_ref))
+    normed = centred * jax.lax.rsqrt(variance + epsilon)[:, None] * scale + bias
+    return normed.astype(x.dtype)
+
+
 def call(kernel, name, grid, out_shape, args, *, interpret, num_warps=4, num_stages=2):
     """Runs `kernel` on whole arrays; `interpret` runs it on a CPU."""
     # Always name Triton's parameters: without them some versions of JAX choose another backend.

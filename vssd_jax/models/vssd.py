@@ -22,6 +22,7 @@ from vssd_jax.kernels.dispatch import check_name, recomputed_on_cpu
 from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.mixer import nc_ssd_mixer
 from vssd_jax.kernels.mlp import mlp
+from vssd_jax.kernels.norm_linear import norm_linear
 from vssd_jax.kernels.residual import add_branch
 from vssd_jax.models.ssd import bidirectional_ssd, causal_ssd
 
@@ -411,7 +412,7 @@ class PatchDownsample(nnx.Module):
 class SSDMixer(nnx.Module):
     """The NC-SSD mixer (section 3.2, figure 3), or one of the scans it is compared with.
 
-    `x + weights * mixer(normed)`, all (B, H, W, C). `kind` is "ncssd", "ssd" or "bissd".
+    `x + weights * mixer(norm(x))`, (B, H, W, C). `kind` is "ncssd", "ssd" or "bissd".
     """
 
     def __init__(
@@ -437,13 +438,18 @@ class SSDMixer(nnx.Module):
         self.norm = LayerNorm(inner, precision=precision)
         self.out_proj = linear(inner, channels, use_bias=False, precision=precision, rngs=rngs)
 
-    def __call__(self, normed, x, weights):
-        kernel = self.in_proj.kernel[...].astype(x.dtype)
-        # Three products instead of one: a row of z|x|B|C|dt is not aligned for a GPU. The last is
-        # wide because softplus is, and because XLA would merge it with a product of equal type.
-        z_kernel, xbc_kernel, dt_kernel = jnp.split(kernel, np.cumsum(self.sizes)[:-1], axis=1)
-        z, xbc = matmul(normed, z_kernel), matmul(normed, xbc_kernel)
-        dt = matmul(normed, dt_kernel, preferred_element_type=self.precision.state)
+    def __call__(self, x, norm, weights):
+        # dt is wide because softplus is.
+        z, xbc, dt = norm_linear(
+            x,
+            norm.scale[...],
+            norm.bias[...],
+            self.in_proj.kernel[...],
+            widths=self.sizes,
+            dtypes=(x.dtype, x.dtype, self.precision.state),
+            epsilon=norm.epsilon,
+            implementation="xla" if self.implementation == "xla" else None,
+        )
         dt = jax.nn.softplus(dt + self.dt_bias[...])
         a, d = jnp.exp(self.A_log[...]), self.D[...]
         if self.kind == "ncssd":
@@ -473,7 +479,7 @@ class SSDMixer(nnx.Module):
 
 
 class AttentionMixer(nnx.Module):
-    """Multi-head self-attention over all tokens: `x + weights * mixer(normed)`, (B, H, W, C)."""
+    """Multi-head self-attention over all tokens: `x + weights * mixer(norm(x))`, (B, H, W, C)."""
 
     def __init__(self, channels, heads, *, implementation, precision, rngs):
         self.heads = heads
@@ -482,9 +488,9 @@ class AttentionMixer(nnx.Module):
         self.qkv = linear(channels, 3 * channels, use_bias=False, precision=precision, rngs=rngs)
         self.out = linear(channels, channels, precision=precision, rngs=rngs)
 
-    def __call__(self, normed, x, weights):
+    def __call__(self, x, norm, weights):
         batch, height, width, channels = x.shape
-        qkv = self.qkv(normed).reshape(batch, height * width, 3 * channels)
+        qkv = self.qkv(norm(x)).reshape(batch, height * width, 3 * channels)
         y = attention(qkv, heads=self.heads, implementation=self.implementation)
         return add_branch(x, self.out(y).reshape(x.shape), weights)
 
@@ -542,7 +548,7 @@ class Block(nnx.Module):
 
     def __call__(self, x, rngs=None):
         x = self.cpe1(x)
-        x = self.mixer(self.norm1(x), x, self.drop_path(len(x), rngs))
+        x = self.mixer(x, self.norm1, self.drop_path(len(x), rngs))
         x = self.cpe2(x)
         return self.mlp(x, self.norm2, self.drop_path(len(x), rngs))
 

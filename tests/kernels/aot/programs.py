@@ -40,6 +40,7 @@ from vssd_jax.kernels.depthwise_conv import depthwise_conv
 from vssd_jax.kernels.mixer import nc_ssd_mixer
 from vssd_jax.kernels.mlp import mlp
 from vssd_jax.kernels.nc_ssd import nc_ssd_gated, specs
+from vssd_jax.kernels.norm_linear import norm_linear
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 
 HERE = pathlib.Path(__file__).parent
@@ -154,10 +155,16 @@ def operation(name, batch, dtype):
         weights = [shape(*s) for s in [wide[:1]] * 2 + [wide, wide[1:], back, back[1:]]]
         f = functools.partial(mlp, implementation="pallas")
         return lambda x, *weights: f(x, None, *weights), [x, *weights]
-    spec = next(s for s in specs.NETWORK + specs.EDGES if name in (s.name, f"mixer {s.name}"))
+    spec = next(s for s in specs.NETWORK + specs.EDGES if name.endswith(s.name))
     f = functools.partial(
         nc_ssd_gated, inner=spec.inner, groups=spec.groups, implementation="pallas"
     )
+    if name.startswith("norm_linear"):
+        widths = (spec.inner, spec.width, spec.heads)
+        f = functools.partial(norm_linear, widths=widths, dtypes=(dtype, dtype, jnp.float32))
+        channels = spec.inner // 2
+        x = shape(batch, spec.length, channels, dtype=dtype)
+        return f, [x, shape(channels), shape(channels), shape(channels, sum(widths))]
     if name.startswith("mixer"):
         side, channels = int(spec.length**0.5), spec.inner // 2
         picture = functools.partial(shape, batch, side, side)

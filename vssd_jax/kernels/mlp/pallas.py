@@ -51,13 +51,7 @@ def _kernel(
     rows = tiles.span(pl.program_id(0) * block, block, length)
     columns = tiles.span(0, tiles.padded(channels), channels)
     x = tiles.load(x_ref, rows, columns)
-    scale, bias = (tiles.load(ref, columns) for ref in (scale_ref, bias_ref))
-    wide = x.astype(f32)
-    mean = jnp.sum(wide, axis=1) / channels
-    centred = jnp.where(columns[1][None, :], wide - mean[:, None], 0.0)
-    variance = jnp.sum(centred * centred, axis=1) / channels
-    normed = centred * jax.lax.rsqrt(variance + epsilon)[:, None] * scale[None, :] + bias[None, :]
-    normed = normed.astype(x.dtype)
+    normed = tiles.layer_norm(x, scale_ref, bias_ref, columns, epsilon)
 
     def body(i, acc):
         part = tiles.span(i * tile, tile, hidden)
