@@ -18,7 +18,10 @@ from vssd_jax.errors import UserError
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
 from vssd_jax.kernels.dispatch import IMPLEMENTATIONS
+from vssd_jax.kernels.mixer import nc_ssd_mixer
+from vssd_jax.kernels.mlp import mlp
 from vssd_jax.kernels.nc_ssd import nc_ssd, nc_ssd_gated, specs
+from vssd_jax.kernels.norm_linear import norm_linear
 from vssd_jax.models.vssd import VSSDConfig
 
 
@@ -42,6 +45,44 @@ def operations(model: str, batch: int, dtype):
             return depthwise_conv(x, kernel, bias, activation="silu")
 
         yield f"depthwise_conv {spec.name}", conv, [x, kernel, jnp.zeros(spec.width)]
+
+        # What a block does in inference, beside its own convolutions.
+        channels = spec.inner // config.expand
+        columns = spec.inner + spec.width
+
+        def ones(*shape):
+            return jnp.ones(shape, jnp.float32)
+
+        def projection(*arguments, implementation, columns=columns):
+            if implementation == "triton":
+                raise UserError("there is no such kernel")
+            options = {"widths": (columns,), "dtypes": (dtype,)}
+            return norm_linear(*arguments, **options, implementation=implementation)[0]
+
+        def mixer(x, xbc, token_weights, z, *weights, implementation):
+            return nc_ssd_mixer(
+                x, xbc, token_weights, z, None, *weights, implementation=implementation
+            )
+
+        def branch(x, *weights, implementation):
+            return mlp(x, None, *weights, implementation=implementation)
+
+        residual = x[..., :channels]
+        pictures = [
+            t.reshape(batch, side, side, -1) for t in (a["xbc"], a["token_weights"], a["z"])
+        ]
+        norm, wide = [ones(channels), ones(channels)], 4 * channels
+        yield f"norm_linear {spec.name}", projection, [
+            residual, *norm, ones(channels, columns) / channels
+        ]
+        yield f"nc_ssd_mixer {spec.name}", mixer, [
+            residual, *pictures, kernel, ones(spec.width), a["d"], a["scale"], a["bias"],
+            ones(spec.inner, channels) / spec.inner,
+        ]  # fmt: skip
+        yield f"mlp {spec.name}", branch, [
+            residual, *norm, ones(channels, wide) / channels, ones(wide),
+            ones(wide, channels) / wide, ones(channels),
+        ]  # fmt: skip
     width = 8 * config.embed_dim
     qkv = jax.random.normal(jax.random.key(0), (batch, 49, 3 * width), dtype)
     yield "attention stage 4", functools.partial(attention, heads=config.num_heads[3]), [qkv]
