@@ -156,6 +156,12 @@ def table(rows: list[dict]) -> str:
     )
 
 
+def add(rows: list[dict], row: dict) -> None:
+    """Appends the row and prints it: something to see while the others are measured."""
+    rows.append(row)
+    print(table([row]).splitlines()[-1].strip(), flush=True)
+
+
 def report(options: argparse.Namespace, rows: list[dict], **more) -> None:
     """Prints the table and writes `{"machine", "options", "rows", ...}` where --json says."""
     about = machine()

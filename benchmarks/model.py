@@ -85,7 +85,7 @@ def main():
                     seconds = statistics.median(times) / depth
                     cost = compiled.cost_analysis() or {}
                     moved = cost.get("bytes accessed", float("nan"))
-                    rows.append({
+                    common.add(rows, {
                         "model": model,
                         "image size": image_size,
                         "batch": batch,

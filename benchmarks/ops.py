@@ -148,7 +148,7 @@ def main():
             times = common.measure(calls, rounds=options.rounds, seconds=options.seconds)
             for implementation, values in times.items():
                 seconds = statistics.median(values) / options.depth
-                rows.append({
+                common.add(rows, {
                     "operation": name,
                     "direction": direction,
                     "implementation": implementation,
