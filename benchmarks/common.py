@@ -27,6 +27,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
+def parse(parser: argparse.ArgumentParser, **on_cpu) -> argparse.Namespace:
+    """The options; `on_cpu` are the defaults without a GPU, so small that a minute is enough."""
+    if jax.default_backend() != "gpu":
+        parser.set_defaults(rounds=3, seconds=0.2, **on_cpu)
+    return parser.parse_args()
+
+
 def machine() -> dict:
     """What the figures were measured on."""
     cpu = platform.processor()
@@ -147,6 +154,12 @@ def table(rows: list[dict]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     )
+
+
+def add(rows: list[dict], row: dict) -> None:
+    """Appends the row and prints it: something to see while the others are measured."""
+    rows.append(row)
+    print(table([row]).splitlines()[-1].strip(), flush=True)
 
 
 def report(options: argparse.Namespace, rows: list[dict], **more) -> None:

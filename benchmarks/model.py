@@ -1,7 +1,7 @@
 """Images a second of inference and of a whole training step, with the peak of memory.
 
     python -m benchmarks.model --model tiny --batch 128 --dtype bfloat16     # GPU
-    python -m benchmarks.model --model nano --image-size 64 --batch 4        # CPU
+    python -m benchmarks.model                        # CPU: nano, 64 pixels, 4 images, float32
 """
 
 import statistics
@@ -13,29 +13,29 @@ from benchmarks import common
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 
 
-def calls_of(model, *, batch, image_size, dtype, implementation, depth, remat=False):
-    """For each task: a timed call, and the compiled program behind it."""
+def call_of(task, model, *, batch, image_size, dtype, implementation, depth, remat=False):
+    """A timed call of "inference" or "training", and the compiled program behind it."""
     config = getattr(VSSDConfig, model)()
     images, labels = common.batch(batch, image_size, dtype=dtype)
 
-    def make():
-        return VSSD(
-            config, dtype=dtype, implementation=implementation, remat=remat, rngs=nnx.Rngs(0)
-        )
+    model = VSSD(
+        config, dtype=dtype, implementation=implementation, remat=remat, rngs=nnx.Rngs(0)
+    )
+    if task == "inference":
+        infer, weights = common.inference_step(model)
+        infer = infer.lower(weights, images).compile()
 
-    infer, weights = common.inference_step(make())
-    infer = infer.lower(weights, images).compile()
+        def inference():
+            for _ in range(depth):
+                logits = infer(weights, images)
+            logits.block_until_ready()
 
-    def inference():
-        for _ in range(depth):
-            logits = infer(weights, images)
-        logits.block_until_ready()
+        return inference, infer
 
-    train, state = common.training_step(make())
+    train, state = common.training_step(model)
     key = jax.random.key(0)
     train = train.lower(state, images, labels, key).compile()
-    training = common.pipelined(lambda s: train(s, images, labels, key), state, depth=depth)
-    return {"inference": (inference, infer), "training": (training, train)}
+    return common.pipelined(lambda s: train(s, images, labels, key), state, depth=depth), train
 
 
 def program_memory(compiled) -> int:
@@ -56,10 +56,13 @@ def main():
     parser.add_argument("--image-size", type=int, nargs="+", default=[224])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--implementation")
-    parser.add_argument("--tasks", nargs="+", default=["inference", "training"])
+    parser.add_argument("--tasks", nargs="+", default=["inference", "training"],
+                        choices=["inference", "training"])
     parser.add_argument("--remat", action="store_true", help="recompute blocks in training")
     parser.add_argument("--depth", type=int, help="steps between two waits (1, on a GPU 10)")
-    options = parser.parse_args()
+    options = common.parse(
+        parser, model=["nano"], batch=[4], image_size=[64], dtype="float32"
+    )
     depth = options.depth or (10 if jax.default_backend() == "gpu" else 1)
     # Copy bandwidth: bytes decide, so that the share of it says how near the end is.
     from benchmarks.ops import bandwidth
@@ -71,19 +74,18 @@ def main():
     for model in options.model:
         for image_size in options.image_size:
             for batch in options.batch:
-                calls = calls_of(
-                    model, batch=batch, image_size=image_size, dtype=options.dtype,
-                    implementation=options.implementation, depth=depth, remat=options.remat,
-                )  # fmt: skip
                 for task in options.tasks:
-                    call, compiled = calls[task]
+                    call, compiled = call_of(
+                        task, model, batch=batch, image_size=image_size, dtype=options.dtype,
+                        implementation=options.implementation, depth=depth, remat=options.remat,
+                    )  # fmt: skip
                     times = common.measure(
                         {task: call}, rounds=options.rounds, seconds=options.seconds
                     )[task]
                     seconds = statistics.median(times) / depth
                     cost = compiled.cost_analysis() or {}
                     moved = cost.get("bytes accessed", float("nan"))
-                    rows.append({
+                    common.add(rows, {
                         "model": model,
                         "image size": image_size,
                         "batch": batch,

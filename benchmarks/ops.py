@@ -4,7 +4,7 @@ The roofline is the bandwidth of a copy measured in the same run; an operation's
 of its arguments and results, read or written once.
 
     python -m benchmarks.ops --model tiny --batch 128 --dtype bfloat16       # GPU
-    python -m benchmarks.ops --model nano --batch 2 --seconds 0.1            # CPU, to try it
+    python -m benchmarks.ops                          # CPU: nano, 2 images, float32
 """
 
 import functools
@@ -18,7 +18,10 @@ from vssd_jax.errors import UserError
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
 from vssd_jax.kernels.dispatch import IMPLEMENTATIONS
+from vssd_jax.kernels.mixer import nc_ssd_mixer
+from vssd_jax.kernels.mlp import mlp
 from vssd_jax.kernels.nc_ssd import nc_ssd, nc_ssd_gated, specs
+from vssd_jax.kernels.norm_linear import norm_linear
 from vssd_jax.models.vssd import VSSDConfig
 
 
@@ -42,6 +45,44 @@ def operations(model: str, batch: int, dtype):
             return depthwise_conv(x, kernel, bias, activation="silu")
 
         yield f"depthwise_conv {spec.name}", conv, [x, kernel, jnp.zeros(spec.width)]
+
+        # What a block does in inference, beside its own convolutions.
+        channels = spec.inner // config.expand
+        columns = spec.inner + spec.width
+
+        def ones(*shape):
+            return jnp.ones(shape, jnp.float32)
+
+        def projection(*arguments, implementation, columns=columns):
+            if implementation == "triton":
+                raise UserError("there is no such kernel")
+            options = {"widths": (columns,), "dtypes": (dtype,)}
+            return norm_linear(*arguments, **options, implementation=implementation)[0]
+
+        def mixer(x, xbc, token_weights, z, *weights, implementation):
+            return nc_ssd_mixer(
+                x, xbc, token_weights, z, None, *weights, implementation=implementation
+            )
+
+        def branch(x, *weights, implementation):
+            return mlp(x, None, *weights, implementation=implementation)
+
+        residual = x[..., :channels]
+        pictures = [
+            t.reshape(batch, side, side, -1) for t in (a["xbc"], a["token_weights"], a["z"])
+        ]
+        norm, wide = [ones(channels), ones(channels)], 4 * channels
+        yield f"norm_linear {spec.name}", projection, [
+            residual, *norm, ones(channels, columns) / channels
+        ]
+        yield f"nc_ssd_mixer {spec.name}", mixer, [
+            residual, *pictures, kernel, ones(spec.width), a["d"], a["scale"], a["bias"],
+            ones(spec.inner, channels) / spec.inner,
+        ]  # fmt: skip
+        yield f"mlp {spec.name}", branch, [
+            residual, *norm, ones(channels, wide) / channels, ones(wide),
+            ones(wide, channels) / wide, ones(channels),
+        ]  # fmt: skip
     width = 8 * config.embed_dim
     qkv = jax.random.normal(jax.random.key(0), (batch, 49, 3 * width), dtype)
     yield "attention stage 4", functools.partial(attention, heads=config.num_heads[3]), [qkv]
@@ -76,7 +117,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--directions", nargs="+", default=["forward", "gradient"])
     parser.add_argument("--depth", type=int, help="calls between two waits (1, on a GPU 20)")
-    options = parser.parse_args()
+    options = common.parse(parser, model="nano", batch=2, dtype="float32")
     options.depth = options.depth or (20 if jax.default_backend() == "gpu" else 1)
     roofline = bandwidth(options)
     print(f"copy: {roofline / 1e9:.0f} GB/s")
@@ -107,7 +148,7 @@ def main():
             times = common.measure(calls, rounds=options.rounds, seconds=options.seconds)
             for implementation, values in times.items():
                 seconds = statistics.median(values) / options.depth
-                rows.append({
+                common.add(rows, {
                     "operation": name,
                     "direction": direction,
                     "implementation": implementation,

@@ -3,7 +3,7 @@
 The last stage's attention grows with the square; `--mixers ncssd` leaves it out.
 
     python -m benchmarks.scaling --model tiny --dtype bfloat16               # GPU
-    python -m benchmarks.scaling --model nano --sizes 64 128 256             # CPU
+    python -m benchmarks.scaling                      # CPU: nano, 64 to 256 pixels, float32
 """
 
 import dataclasses
@@ -28,7 +28,9 @@ def main():
     parser.add_argument("--mixers", nargs="+", default=["paper", "ncssd"],
                         choices=["paper", "ncssd", "attention"],
                         help="the paper's, or one mixer in all stages")
-    options = parser.parse_args()
+    options = common.parse(
+        parser, model="nano", sizes=[64, 128, 256], dtype="float32", mixers=["ncssd"]
+    )
 
     rows = []
     for mixers in options.mixers:
@@ -54,7 +56,7 @@ def main():
             if last:
                 growth = math.log(seconds / last[1]) / math.log(tokens / last[0])
             last = tokens, seconds
-            rows.append({
+            common.add(rows, {
                 "mixers": mixers,
                 "image size": size,
                 "tokens of stage 1": int(tokens),

@@ -1,4 +1,4 @@
-"""Every test runs on the CPU, without a network."""
+"""Every test runs on the CPU, but those marked `gpu`; none needs a network."""
 
 import os
 import pathlib
@@ -6,15 +6,23 @@ import tempfile
 
 import pytest
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Runs that resume or repeat compile once; subprocesses share the folder.
 _CACHE = tempfile.TemporaryDirectory(prefix="vssd-jax-compiled-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "2"
 
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+def pytest_configure(config):
+    # Before jax is imported, by the first test module.
+    if config.option.markexpr == "gpu":
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # test processes share the memory
+    else:
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 @pytest.fixture

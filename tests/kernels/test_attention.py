@@ -10,6 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from tests.kernels.poison import poisoned
 from vssd_jax.errors import UserError
+from vssd_jax.kernels import tiles
 from vssd_jax.kernels.attention import attention, pallas, xla
 
 CASES = [(49, 4, 32), (49, 2, 24), (17, 3, 5), (1, 1, 16)]  # tokens, heads, P
@@ -57,7 +58,7 @@ def test_xla_float64(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_pallas_float32(case, monkeypatch):
-    monkeypatch.setattr(pallas, "plgpu", poisoned(plgpu))
+    monkeypatch.setattr(tiles, "plgpu", poisoned(plgpu))
     compare(functools.partial(pallas.attention, interpret=True), case, jnp.float32, 1e-6)
 
 

@@ -73,6 +73,23 @@ def test_export():
     np.testing.assert_allclose(exported.call(*arguments), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_kernel_for_inference_has_the_gradient_of_the_plain_function():
+    f = dispatch.for_inference(lambda x, none, w: 7 * x, lambda x, none, w: jnp.sin(x) * w)
+    x, w = jnp.arange(3.0), jnp.full(3, 2.0)
+
+    def loss(x, w):
+        return f(x, None, w).sum()
+
+    np.testing.assert_array_equal(jax.jit(f)(x, None, w), 7 * x)
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(x, w)
+    np.testing.assert_allclose(value, 2 * np.sin(x).sum(), rtol=1e-6)
+    for wrap in (jax.jit, jax.checkpoint, lambda g: jax.vmap(g, in_axes=0)):
+        actual = wrap(jax.grad(lambda x, w: f(x, None, w).sum(), argnums=(0, 1)))(x, w)
+        for a, b, expected in zip(actual, gradients, (2 * np.cos(x), np.sin(x)), strict=True):
+            np.testing.assert_allclose(a, expected, rtol=1e-6)
+            np.testing.assert_allclose(b, expected, rtol=1e-6)
+
+
 SHARDED = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
@@ -102,6 +119,18 @@ assert "all-reduce" in text, "the gradients of D and the norm are sums over all 
 for x, y in zip(compiled(*placed), expected):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * float(jnp.abs(y).max()))
 print("sharded", compiled.output_shardings[0].spec)
+
+from vssd_jax.kernels.mlp import api as mlp, pallas as mlp_pallas
+
+mlp.dispatch.choose = lambda *args, **options: "pallas"
+mlp_pallas.mlp = functools.partial(mlp_pallas.mlp, interpret=True)
+weights = [jnp.ones(s) for s in [(16,), (16,), (16, 64), (64,), (64, 16), (16,)]]
+x = jax.device_put(jnp.ones((8, 3, 16), jnp.bfloat16), NamedSharding(mesh, P("data")))
+with jax.set_mesh(mesh):
+    f = jax.jit(lambda x, *weights: mlp.mlp(x, None, *weights, implementation="pallas"))
+    compiled = f.lower(x, *weights).compile()
+assert "all-gather" not in compiled.as_text(), "gathered"
+assert compiled.output_shardings.spec == P("data")
 """
 
 

@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from tests.kernels.poison import poisoned
 from vssd_jax.kernels import nc_ssd as operation
+from vssd_jax.kernels import tiles
 from vssd_jax.kernels.nc_ssd import pallas, specs, xla
 
 NAMES = tuple(inspect.signature(operation.nc_ssd_gated).parameters)[:6]
@@ -79,7 +80,7 @@ def test_xla_float64(spec):
 # Rounding in float32: of sums over up to 3136 tokens, and of the norm's small differences.
 @pytest.mark.parametrize("spec", specs.EDGES, ids=by_name)
 def test_pallas_float32(spec, monkeypatch):
-    monkeypatch.setattr(pallas, "plgpu", poisoned(plgpu))
+    monkeypatch.setattr(tiles, "plgpu", poisoned(plgpu))
     compare(interpreted, spec, 2, jnp.float32, 1e-5)
 
 
@@ -87,7 +88,7 @@ def test_pallas_float32(spec, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", specs.NETWORK, ids=by_name)
 def test_pallas_on_the_heads_of_the_network(spec, monkeypatch):
-    monkeypatch.setattr(pallas, "plgpu", poisoned(plgpu))
+    monkeypatch.setattr(tiles, "plgpu", poisoned(plgpu))
     spec = dataclasses.replace(spec, length=min(spec.length, 67))
     compare(interpreted, spec, 1, jnp.float32, 1e-5)
 

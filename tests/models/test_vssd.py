@@ -15,6 +15,7 @@ from tests.golden_model import (
     relative_error,
     run,
 )
+from vssd_jax.kernels.residual import add_branch
 from vssd_jax.models.vssd import VSSD, BatchNorm, DropPath, Precision, Stage, VSSDConfig
 
 SLOW = pytest.mark.slow  # built of the same blocks as the others
@@ -123,15 +124,18 @@ def test_batch_norm_keeps_pytorchs_statistics(x64):
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     drop = DropPath(0.3)
-    y = np.asarray(drop(jnp.ones((4000, 2, 2)), nnx.Rngs(dropout=0)))
-    assert ((y == y[:, :1, :1]).all(axis=(1, 2))).all()
-    kept = y[:, 0, 0] > 0
-    np.testing.assert_allclose(y[kept], 1 / 0.7, rtol=1e-6)
+    weights = np.asarray(drop(4000, nnx.Rngs(dropout=0)))
+    x, branch = jnp.ones((4000, 2, 2)), jnp.full((4000, 2, 2), 3.0)
+    expected = np.broadcast_to((1 + 3 * weights)[:, None, None], x.shape)
+    np.testing.assert_allclose(add_branch(x, branch, weights), expected, rtol=1e-6)
+    kept = weights > 0
+    np.testing.assert_allclose(weights[kept], 1 / 0.7, rtol=1e-6)
     assert abs(kept.mean() - 0.7) < 3 * (0.3 * 0.7 / 4000) ** 0.5
     with pytest.raises(ValueError, match="rngs"):
-        drop(jnp.ones((1, 2)), None)
+        drop(1, None)
     drop.eval()
-    assert (drop(jnp.ones((9, 2)), None) == 1).all()
+    assert drop(9, None) is None
+    assert (add_branch(x, branch, None) == 4).all()
 
 
 def test_drop_path_rises_linearly():

@@ -111,6 +111,20 @@ def _say_once(message: str) -> None:
     logger.warning(message)
 
 
+def for_inference(kernel: Callable, plain: Callable) -> Callable:
+    """`kernel`, and in place of its gradient all of `plain`, forward and backward.
+
+    For kernels that are written for the forward pass alone: nothing is computed twice.
+    """
+
+    @jax.custom_vjp
+    def f(*args):
+        return kernel(*args)
+
+    f.defvjp(lambda *args: jax.vjp(plain, *args), lambda pullback, dy: pullback(dy))
+    return f
+
+
 def over_batch(f: Callable, sharded: tuple, replicated: tuple) -> jax.Array:
     """`f(*sharded, *replicated)` with each device on its own part of the first axis of `sharded`.
 

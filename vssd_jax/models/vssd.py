@@ -20,7 +20,10 @@ from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
 from vssd_jax.kernels.dispatch import check_name, recomputed_on_cpu
 from vssd_jax.kernels.layer_norm import layer_norm
-from vssd_jax.kernels.nc_ssd import nc_ssd_gated
+from vssd_jax.kernels.mixer import nc_ssd_mixer
+from vssd_jax.kernels.mlp import mlp
+from vssd_jax.kernels.norm_linear import norm_linear
+from vssd_jax.kernels.residual import add_branch
 from vssd_jax.models.ssd import bidirectional_ssd, causal_ssd
 
 MIXERS = ("ncssd", "ssd", "bissd", "attention")
@@ -218,9 +221,15 @@ class Conv(nnx.Module):
         self.padding = size // 2 if padding is None else padding
         self.precision = precision
 
-    def __call__(self, x):
+    def __call__(self, x, scale=None, shift=None):
+        """With `scale` and `shift` (outputs,): a norm's, that follows and becomes part of it."""
         dtype = self.precision.compute
-        x, kernel = x.astype(dtype), self.kernel[...].astype(dtype)
+        kernel = self.kernel[...]
+        bias = None if self.bias is None else self.bias[...]
+        if scale is not None:
+            kernel = kernel * scale
+            bias = shift if bias is None else bias * scale + shift
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
         if kernel.shape[:2] == (1, 1) and self.stride == 1:
             y = matmul(x, kernel[0, 0])
         else:
@@ -231,7 +240,7 @@ class Conv(nnx.Module):
                 [(self.padding, self.padding)] * 2,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
-        return y if self.bias is None else y + self.bias[...].astype(dtype)
+        return y if bias is None else y + bias.astype(dtype)
 
 
 @recomputed_on_cpu
@@ -262,6 +271,11 @@ class BatchNorm(nnx.Module):
         self.epsilon = 1e-5
         self.precision = precision
 
+    def running(self):
+        """Scale and shift (C,) of the normalisation with the running average."""
+        scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.epsilon)
+        return scale, self.bias[...] - self.mean[...] * scale
+
     def __call__(self, x):
         x = x.astype(self.precision.state)
         if self.use_running_average:
@@ -284,6 +298,8 @@ class ConvNorm(nnx.Module):
         self.norm = BatchNorm(outputs, precision=precision)
 
     def __call__(self, x):
+        if self.norm.use_running_average:
+            return self.conv(x, *self.norm.running())  # no pass over the activations
         return self.norm(self.conv(x))
 
 
@@ -308,20 +324,22 @@ class DepthwiseConv(nnx.Module):
 
 
 class DropPath(nnx.Module):
-    """Stochastic depth: in training, drops the branch of a whole sample with probability `rate`."""
+    """Stochastic depth: in training, drops the branch of a whole sample with probability `rate`.
+
+    Gives the weights of the branch (B,), or None for ones.
+    """
 
     def __init__(self, rate: float):
         self.rate = rate
         self.deterministic = False
 
-    def __call__(self, x, rngs: nnx.Rngs | None):
+    def __call__(self, batch: int, rngs: nnx.Rngs | None):
         if self.deterministic or self.rate == 0:
-            return x
+            return None
         if rngs is None:
             raise ValueError("a model with drop path needs rngs=nnx.Rngs(dropout=...) in training")
         keep = 1 - self.rate
-        mask = jax.random.bernoulli(rngs.dropout(), keep, (x.shape[0],) + (1,) * (x.ndim - 1))
-        return x * (mask / keep).astype(x.dtype)
+        return jax.random.bernoulli(rngs.dropout(), keep, (batch,)) / keep
 
 
 # --- Stem and downsampling --------------------------------------------------------------------
@@ -394,7 +412,7 @@ class PatchDownsample(nnx.Module):
 class SSDMixer(nnx.Module):
     """The NC-SSD mixer (section 3.2, figure 3), or one of the scans it is compared with.
 
-    (B, H, W, C) -> (B, H, W, C). `kind` is "ncssd", "ssd" or "bissd".
+    `x + weights * mixer(norm(x))`, (B, H, W, C). `kind` is "ncssd", "ssd" or "bissd".
     """
 
     def __init__(
@@ -420,43 +438,48 @@ class SSDMixer(nnx.Module):
         self.norm = LayerNorm(inner, precision=precision)
         self.out_proj = linear(inner, channels, use_bias=False, precision=precision, rngs=rngs)
 
-    def __call__(self, x):
-        batch, height, width, _ = x.shape
-        length = height * width
-        kernel = self.in_proj.kernel[...].astype(x.dtype)
-        # Three products instead of one: a row of z|x|B|C|dt is not aligned for a GPU. The last is
-        # wide because softplus is, and because XLA would merge it with a product of equal type.
-        z_kernel, xbc_kernel, dt_kernel = jnp.split(kernel, np.cumsum(self.sizes)[:-1], axis=1)
-        z, xbc = matmul(x, z_kernel), matmul(x, xbc_kernel)
-        dt = matmul(x, dt_kernel, preferred_element_type=self.precision.state)
-        xbc = self.conv(xbc).reshape(batch, length, -1)
-        z = z.reshape(batch, length, -1)
-        dt = jax.nn.softplus(dt.reshape(batch, length, -1) + self.dt_bias[...])
+    def __call__(self, x, norm, weights):
+        # dt is wide because softplus is.
+        z, xbc, dt = norm_linear(
+            x,
+            norm.scale[...],
+            norm.bias[...],
+            self.in_proj.kernel[...],
+            widths=self.sizes,
+            dtypes=(x.dtype, x.dtype, self.precision.state),
+            epsilon=norm.epsilon,
+            implementation="xla" if self.implementation == "xla" else None,
+        )
+        dt = jax.nn.softplus(dt + self.dt_bias[...])
         a, d = jnp.exp(self.A_log[...]), self.D[...]
         if self.kind == "ncssd":
-            y = nc_ssd_gated(
+            return nc_ssd_mixer(
+                x,
                 xbc,
                 self.sign * dt * a,
-                d,
                 z,
+                weights,
+                self.conv.kernel[...],
+                self.conv.bias[...],
+                d,
                 self.norm.scale[...],
                 self.norm.bias[...],
-                inner=self.sizes[0],
+                self.out_proj.kernel[...],
                 groups=self.groups,
                 epsilon=self.norm.epsilon,
                 implementation=self.implementation,
             )
-        else:
-            scan = causal_ssd if self.kind == "ssd" else bidirectional_ssd
-            inner = self.sizes[0]
-            xs, b, c = jnp.split(xbc, (inner, (inner + xbc.shape[-1]) // 2), axis=-1)
-            b, c = (t.reshape(batch, length, self.groups, -1) for t in (b, c))
-            y = self.norm(scan(xs, dt, -a, b, c, d)) * z
-        return self.out_proj(y).reshape(x.shape)
+        scan = causal_ssd if self.kind == "ssd" else bidirectional_ssd
+        batch, inner = len(x), self.sizes[0]
+        xbc, dt, z = (t.reshape(batch, -1, t.shape[-1]) for t in (self.conv(xbc), dt, z))
+        xs, b, c = jnp.split(xbc, (inner, (inner + xbc.shape[-1]) // 2), axis=-1)
+        b, c = (t.reshape(*t.shape[:2], self.groups, -1) for t in (b, c))
+        y = self.norm(scan(xs, dt, -a, b, c, d)) * z
+        return add_branch(x, self.out_proj(y).reshape(x.shape), weights)
 
 
 class AttentionMixer(nnx.Module):
-    """Multi-head self-attention over all tokens: (B, H, W, C) -> (B, H, W, C)."""
+    """Multi-head self-attention over all tokens: `x + weights * mixer(norm(x))`, (B, H, W, C)."""
 
     def __init__(self, channels, heads, *, implementation, precision, rngs):
         self.heads = heads
@@ -465,29 +488,38 @@ class AttentionMixer(nnx.Module):
         self.qkv = linear(channels, 3 * channels, use_bias=False, precision=precision, rngs=rngs)
         self.out = linear(channels, channels, precision=precision, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x, norm, weights):
         batch, height, width, channels = x.shape
-        qkv = self.qkv(x).reshape(batch, height * width, 3 * channels)
+        qkv = self.qkv(norm(x)).reshape(batch, height * width, 3 * channels)
         y = attention(qkv, heads=self.heads, implementation=self.implementation)
-        return self.out(y).reshape(x.shape)
-
-
-@recomputed_on_cpu
-def gelu(x):
-    """Exact GELU by erf; `jax.nn.gelu` takes erfc, twice the work on a CPU, for far tails."""
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+        return add_branch(x, self.out(y).reshape(x.shape), weights)
 
 
 class MLP(nnx.Module):
-    """Linear to four times the width, exact GELU, linear back."""
+    """Linear to four times the width, exact GELU, linear back.
 
-    def __init__(self, channels, *, precision, rngs):
+    `x + weights * mlp(norm(x))`, (B, H, W, C).
+    """
+
+    def __init__(self, channels, *, implementation, precision, rngs):
+        # The other names force NC-SSD's kernels; the MLP has none for every width.
+        self.implementation = "xla" if implementation == "xla" else None
         self.fc1 = linear(channels, 4 * channels, precision=precision, rngs=rngs)
         self.fc2 = linear(4 * channels, channels, precision=precision, rngs=rngs)
 
-    def __call__(self, x):
-        hidden = self.fc1(x)
-        return self.fc2(gelu(hidden.astype(self.fc1.param_dtype)).astype(hidden.dtype))
+    def __call__(self, x, norm, weights):
+        return mlp(
+            x,
+            weights,
+            norm.scale[...],
+            norm.bias[...],
+            self.fc1.kernel[...],
+            self.fc1.bias[...],
+            self.fc2.kernel[...],
+            self.fc2.bias[...],
+            epsilon=norm.epsilon,
+            implementation=self.implementation,
+        )
 
 
 # --- Network ----------------------------------------------------------------------------------
@@ -511,14 +543,14 @@ class Block(nnx.Module):
             self.mixer = SSDMixer(config, channels, heads, kind=kind, **mixer_options)
         self.cpe2 = DepthwiseConv(channels, residual=True, **options)
         self.norm2 = LayerNorm(channels, precision=precision)
-        self.mlp = MLP(channels, **options)
+        self.mlp = MLP(channels, **mixer_options)
         self.drop_path = DropPath(drop_path)
 
     def __call__(self, x, rngs=None):
         x = self.cpe1(x)
-        x = x + self.drop_path(self.mixer(self.norm1(x)), rngs)
+        x = self.mixer(x, self.norm1, self.drop_path(len(x), rngs))
         x = self.cpe2(x)
-        return x + self.drop_path(self.mlp(self.norm2(x)), rngs)
+        return self.mlp(x, self.norm2, self.drop_path(len(x), rngs))
 
 
 class Stage(nnx.Module):

@@ -1,11 +1,13 @@
 """Compiles programs for GPUs on a machine that has none, and counts what they launch and move.
 
     python tests/kernels/aot/programs.py sm_90 "op tiny stage 1 bfloat16 forward" ...
+    python tests/kernels/aot/programs.py --record [sm_90 ...]      # recorded.json anew
 
 needs the packages `jax-cuda12-plugin` and `jax-cuda12-pjrt` (no CUDA libraries). It prints a line
-of JSON for each program: kernels, bytes (operands and results of every kernel, per image), and
-transposes. XLA's own Triton compiles the Pallas kernels, so that lowering errors and shared memory
-that overflows show here. GEMMs are what XLA chooses without measuring.
+of JSON for each program: kernels, bytes (operands and results of every kernel, per image),
+transposes and, for a single operation where NVIDIA's `ptxas` is found, the Pallas kernels whose
+registers spill. XLA's own Triton compiles the Pallas kernels, so that lowering errors and shared
+memory that overflows show here. GEMMs are what XLA chooses without measuring.
 """
 
 import functools
@@ -14,7 +16,10 @@ import math
 import os
 import pathlib
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
 
@@ -32,7 +37,10 @@ from jax.sharding import (
 
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
+from vssd_jax.kernels.mixer import nc_ssd_mixer
+from vssd_jax.kernels.mlp import mlp
 from vssd_jax.kernels.nc_ssd import nc_ssd_gated, specs
+from vssd_jax.kernels.norm_linear import norm_linear
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 
 HERE = pathlib.Path(__file__).parent
@@ -42,8 +50,11 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "
 FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all"}
 
 
-def compile_for(arch, f, avals):
-    """`f` compiled for `arch`, inside `tracing_for(arch)`; `avals`: pytrees of ShapeDtypeStruct."""
+def compile_for(arch, f, avals, **options):
+    """`f` compiled for `arch`, inside `tracing_for(arch)`; `avals`: pytrees of ShapeDtypeStruct.
+
+    `options` are XLA's.
+    """
     topology = topologies.get_topology_desc(
         platform="cuda",
         target_config=(HERE / f"{arch}.txtpb").read_text(),
@@ -53,7 +64,7 @@ def compile_for(arch, f, avals):
     avals = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), avals
     )
-    return jax.jit(f).trace(*avals).lower().compile()
+    return jax.jit(f).trace(*avals).lower().compile(compiler_options=options)
 
 
 def tracing_for(arch):
@@ -90,6 +101,29 @@ def count(text, images):
     }
 
 
+def ptxas() -> str | None:
+    """NVIDIA's assembler: of a CUDA toolkit, or of the package `nvidia-cuda-nvcc-cu12`."""
+    packages = [pathlib.Path(path) / "nvidia/cuda_nvcc/bin" for path in sys.path]
+    places = [os.environ.get("PATH", ""), "/usr/local/cuda/bin", *map(str, packages)]
+    return shutil.which("ptxas", path=os.pathsep.join(places))
+
+
+def spills(folder) -> list[str]:
+    """The Pallas kernels in XLA's dump that spill registers, with the bytes that they store."""
+    found = []
+    for ptx in pathlib.Path(folder).glob("*.ptx"):
+        target = re.search(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)
+        if not target:  # an empty module
+            continue
+        command = [ptxas(), "-v", f"-arch={target[1]}", str(ptx), "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        # Not XLA's own kernels, "..._fusion".
+        entry = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores"
+        found += [f"{name} {size}" for name, size in re.findall(entry, said, re.S)
+                  if size != "0" and "fusion" not in name]
+    return found
+
+
 def gradients(f, arguments):
     """`(arguments, dy) -> gradients`, and the shapes of its arguments."""
     result = jax.eval_shape(f, *arguments)
@@ -116,10 +150,39 @@ def operation(name, batch, dtype):
         _, length, heads, head_dim = (int(w) if w.isdigit() else w for w in name.split(" "))
         f = functools.partial(attention, heads=heads, implementation="pallas")
         return f, [shape(batch, length, 3 * heads * head_dim, dtype=dtype)]
-    spec = next(s for s in specs.NETWORK + specs.EDGES if s.name == name)
+    if name.startswith("mlp"):
+        length, channels = map(int, name.split(" ")[1:])
+        x = shape(batch, length, channels, dtype=dtype)
+        wide, back = (channels, 4 * channels), (4 * channels, channels)
+        weights = [shape(*s) for s in [wide[:1]] * 2 + [wide, wide[1:], back, back[1:]]]
+        f = functools.partial(mlp, implementation="pallas")
+        return lambda x, *weights: f(x, None, *weights), [x, *weights]
+    spec = next(s for s in specs.NETWORK + specs.EDGES if name.endswith(s.name))
     f = functools.partial(
         nc_ssd_gated, inner=spec.inner, groups=spec.groups, implementation="pallas"
     )
+    if name.startswith("norm_linear"):
+        widths = (spec.inner, spec.width, spec.heads)
+        f = functools.partial(norm_linear, widths=widths, dtypes=(dtype, dtype, jnp.float32))
+        channels = spec.inner // 2
+        x = shape(batch, spec.length, channels, dtype=dtype)
+        return f, [x, shape(channels), shape(channels), shape(channels, sum(widths))]
+    if name.startswith("mixer"):
+        side, channels = int(spec.length**0.5), spec.inner // 2
+        picture = functools.partial(shape, batch, side, side)
+        f = functools.partial(nc_ssd_mixer, groups=spec.groups, implementation="pallas")
+        return lambda x, xbc, w, z, *weights: f(x, xbc, w, z, None, *weights), [
+            picture(channels, dtype=dtype),
+            picture(spec.width, dtype=dtype),
+            picture(spec.heads),
+            picture(spec.inner, dtype=dtype),
+            shape(3, 3, spec.width),
+            shape(spec.width),
+            shape(spec.heads),
+            shape(spec.inner),
+            shape(spec.inner),
+            shape(spec.inner, channels),
+        ]
     tokens = (batch, spec.length)
     return f, [
         shape(*tokens, spec.width, dtype=dtype),
@@ -164,13 +227,36 @@ def program(description):
     return *((f, arguments) if direction == "forward" else gradients(f, arguments)), batch
 
 
+def measured(arch, description):
+    """The figures of one program."""
+    with tracing_for(arch), tempfile.TemporaryDirectory() as folder:
+        f, avals, images = program(description)
+        look = ptxas() and description.startswith("op")
+        compiled = compile_for(arch, f, avals, **({"xla_dump_to": folder} if look else {}))
+        figures = count(compiled.as_text(), images)
+        return figures | {"spills": spills(folder) if look else None}
+
+
+def record(archs):
+    """Measures what recorded.json has for `archs` anew; writes after each program."""
+    path = HERE / "recorded.json"
+    recorded = json.loads(path.read_text())
+    for arch in archs:
+        for description in recorded[arch]:
+            figures = measured(arch, description)
+            kept = {name: figures[name] for name in ("kernels", "megabytes_per_image")}
+            recorded[arch][description] = kept
+            path.write_text(json.dumps(recorded, indent=2) + "\n")
+            print(arch, description, figures, flush=True)
+
+
 def main():
+    if sys.argv[1] == "--record":
+        return record(sys.argv[2:] or KINDS)
     arch, *descriptions = sys.argv[1:]
     for description in descriptions:
-        with tracing_for(arch):
-            f, avals, images = program(description)
-            text = compile_for(arch, f, avals).as_text()
-        print(json.dumps({"program": description, "arch": arch} | count(text, images)), flush=True)
+        line = {"program": description, "arch": arch} | measured(arch, description)
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def test_compiled_programs(arch):
     for program, figures in recorded.items():
         line = found[program]
         assert not line["transposes"], f"{program} transposes {line['transposes']}"
+        assert not line["spills"], f"{program} spills registers: {line['spills']}"
         assert line["kernels"] <= figures["kernels"], program
         # A hundredth: rounding, and what the compiler adds for scratch.
         assert line["megabytes_per_image"] <= 1.01 * figures["megabytes_per_image"], program

@@ -10,10 +10,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-f32 = jnp.float32
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+from vssd_jax.kernels import tiles
+
 MAX_LENGTH = 128
 MAX_HEAD_DIM = 64
 
@@ -22,7 +21,7 @@ def supports(qkv: jax.Array, *, heads: int) -> str | None:
     """Why this argument is out of reach, or None."""
     _, length, width = qkv.shape
     head_dim = width // (3 * heads)
-    if qkv.dtype not in DTYPES:
+    if qkv.dtype not in tiles.DTYPES:
         return f"dtype {qkv.dtype} (it knows float32, bfloat16 and float16)"
     if length > MAX_LENGTH or head_dim > MAX_HEAD_DIM:
         return (
@@ -39,38 +38,26 @@ def attention(qkv: jax.Array, *, heads: int, interpret: bool = False) -> jax.Arr
     return _attention(qkv, heads, interpret)
 
 
-def _padded(size):
-    return max(16, pl.next_power_of_2(size))
-
-
-def _dot(a, b):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == f32 else None
-    return jax.lax.dot(a, b, precision=precision, preferred_element_type=f32)
-
-
 def _place(part, length, width, heads):
-    """Indices and mask of q, k or v (`part` 0, 1, 2) in the program's head and image."""
+    """Where q, k or v (`part` 0, 1, 2) lies for the program's head and image."""
     head, batch = pl.program_id(0), pl.program_id(1)
     head_dim = width // heads
-    token = jnp.arange(_padded(length))[:, None]
-    p = jnp.arange(_padded(head_dim))[None, :]
-    index = (batch, token, part * width + head * head_dim + p)
-    return index, jnp.broadcast_to((token < length) & (p < head_dim), (token.size, p.size))
+    p, valid = tiles.span(0, tiles.padded(head_dim), head_dim)
+    columns = part * width + head * head_dim + p, valid
+    return batch, tiles.span(0, tiles.padded(length), length), columns
 
 
 def _load(ref, part, *sizes):
-    index, mask = _place(part, *sizes)
-    return plgpu.load(ref.at[index], mask=mask, other=0.0)
+    return tiles.load(ref, *_place(part, *sizes))
 
 
 def _store(ref, value, part, *sizes):
-    index, mask = _place(part, *sizes)
-    plgpu.store(ref.at[index], value.astype(ref.dtype), mask=mask)
+    tiles.store(ref, value, *_place(part, *sizes))
 
 
 def _weights(q, k, length, scale):
     valid = (jnp.arange(k.shape[0]) < length)[None, :]
-    scores = jnp.where(valid, _dot(q, k.T) * scale, -jnp.inf)
+    scores = jnp.where(valid, tiles.dot(q, k.T) * scale, -jnp.inf)
     exp = jnp.exp(scores - jnp.max(scores, axis=1)[:, None])
     return exp / jnp.sum(exp, axis=1)[:, None]
 
@@ -79,7 +66,7 @@ def _forward_kernel(qkv_ref, out_ref, *, sizes):
     length, width, heads = sizes
     q, k, v = (_load(qkv_ref, part, *sizes) for part in range(3))
     weights = _weights(q, k, length, (width // heads) ** -0.5)
-    _store(out_ref, _dot(weights.astype(v.dtype), v), 0, *sizes)
+    _store(out_ref, tiles.dot(weights.astype(v.dtype), v), 0, *sizes)
 
 
 def _backward_kernel(qkv_ref, dout_ref, dqkv_ref, *, sizes):
@@ -88,26 +75,27 @@ def _backward_kernel(qkv_ref, dout_ref, dqkv_ref, *, sizes):
     q, k, v = (_load(qkv_ref, part, *sizes) for part in range(3))
     dout = _load(dout_ref, 0, *sizes)
     weights = _weights(q, k, length, scale)
-    _store(dqkv_ref, _dot(weights.astype(v.dtype).T, dout), 2, *sizes)
-    dweights = _dot(dout, v.T)
+    _store(dqkv_ref, tiles.dot(weights.astype(v.dtype).T, dout), 2, *sizes)
+    dweights = tiles.dot(dout, v.T)
     dscores = weights * (dweights - jnp.sum(weights * dweights, axis=1)[:, None]) * scale
     dscores = dscores.astype(q.dtype)
-    _store(dqkv_ref, _dot(dscores, k), 0, *sizes)
-    _store(dqkv_ref, _dot(dscores.T, q), 1, *sizes)
+    _store(dqkv_ref, tiles.dot(dscores, k), 0, *sizes)
+    _store(dqkv_ref, tiles.dot(dscores.T, q), 1, *sizes)
 
 
 def _call(kernel, name, args, width, heads, interpret):
     batch, length, _ = args[0].shape
     sizes = (length, args[0].shape[-1] // 3, heads)
-    params = plgpu.CompilerParams(num_warps=4 if length <= 64 else 8, num_stages=1)
-    return pl.pallas_call(
+    return tiles.call(
         functools.partial(kernel, sizes=sizes),
-        grid=(heads, batch),
-        out_shape=jax.ShapeDtypeStruct((batch, length, width), args[0].dtype),
-        compiler_params=None if interpret else params,
+        name,
+        (heads, batch),
+        jax.ShapeDtypeStruct((batch, length, width), args[0].dtype),
+        args,
         interpret=interpret,
-        name=name,
-    )(*args)
+        num_warps=4 if length <= 64 else 8,
+        num_stages=1,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

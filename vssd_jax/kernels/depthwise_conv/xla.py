@@ -11,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from vssd_jax.kernels import dispatch
+
 ACTIVATIONS = {None: lambda y: y, "silu": jax.nn.silu, "relu": jax.nn.relu}
 
 
@@ -39,8 +41,10 @@ def _backward(stride, activation, residual, saved, dy):
     x, kernel, bias = saved
     dconv = dy
     if activation is not None:
-        # Nine multiply-adds again cost less than keeping the values before the activation.
-        _, activation_vjp = jax.vjp(ACTIVATIONS[activation], _convolve(x, kernel, bias, stride))
+        # Nine multiply-adds again cost less than keeping the values before the activation. The
+        # barrier keeps a GPU's compiler from finding them in the forward pass, in float32.
+        again = jax.lax.optimization_barrier(x) if dispatch.target().platform == "gpu" else x
+        _, activation_vjp = jax.vjp(ACTIVATIONS[activation], _convolve(again, kernel, bias, stride))
         (dconv,) = activation_vjp(dy.astype(_acc(x)))
         # All taps of both gradients read it: compute it once.
         dconv = jax.lax.optimization_barrier(dconv.astype(x.dtype))

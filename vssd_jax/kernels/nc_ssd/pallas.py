@@ -5,11 +5,8 @@ request with the LayerNorm over all heads and the gate in the same kernel. Backw
 gradients of the state, `C^T dy`, by the first kernel again; their sum; then all other gradients
 in one kernel. Programs share nothing but their inputs, so that results repeat bit for bit.
 
-Every array is read and written where it lies, x|B|C packed as the convolution leaves them.
-Sizes inside a kernel are powers of two; masks cover what lies beyond L, N and P. (A block's tail
-is not masked by Pallas: hence whole arrays as blocks, and masked loads and stores.)
-
-Products of float32 inputs are computed in full float32, not TF32.
+Every array is read and written where it lies, x|B|C packed as the convolution leaves them; masks
+cover what lies beyond L, N and P.
 """
 
 import dataclasses
@@ -18,12 +15,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from vssd_jax.kernels import tiles
 from vssd_jax.kernels.nc_ssd import xla
-
-f32 = jnp.float32
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+from vssd_jax.kernels.tiles import f32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,33 +57,36 @@ class Sizes:
 
     @property
     def padded_state(self):
-        return _padded(self.state)
+        return tiles.padded(self.state)
 
     @property
     def padded_head_dim(self):
-        return _padded(self.head_dim)
+        return tiles.padded(self.head_dim)
+
+    def state_axes(self):
+        """The rows and columns of a head's state, with their masks."""
+        return (
+            tiles.span(0, self.padded_state, self.state),
+            tiles.span(0, self.padded_head_dim, self.head_dim),
+        )
 
     def tile(self, head):
         """Columns of x in head `head`, with their mask."""
-        p = jnp.arange(self.padded_head_dim)
-        return head * self.head_dim + p, p < self.head_dim
+        _, (p, valid) = self.state_axes()
+        return head * self.head_dim + p, valid
 
     def group_tile(self, head, *, second):
         """Columns of B (or of C, the second) in the group of head `head`, with their mask."""
-        n = jnp.arange(self.padded_state)
+        (n, valid), _ = self.state_axes()
         start = self.inner + (self.groups * self.state if second else 0)
         # Not `%`: the sign of Python's remainder is more than Triton's lowering can take.
         group = jax.lax.rem(jnp.int32(head), jnp.int32(self.groups))
-        return start + group * self.state + n, n < self.state
-
-
-def _padded(size):
-    return max(16, pl.next_power_of_2(size))
+        return start + group * self.state + n, valid
 
 
 def supports(xbc, token_weights, *, inner, groups) -> str | None:
     """Why these arguments are out of reach, or None."""
-    if xbc.dtype not in DTYPES:
+    if xbc.dtype not in tiles.DTYPES:
         return f"dtype {xbc.dtype} (it knows float32, bfloat16 and float16)"
     sizes = Sizes.of(xbc, token_weights, inner, groups)
     if sizes.padded_state * sizes.padded_head_dim > 128 * 128:
@@ -101,43 +99,8 @@ def supports(xbc, token_weights, *, inner, groups) -> str | None:
 # --- Inside the kernels -----------------------------------------------------------------------
 
 
-def _load(ref, *axes):
-    """The elements at the cross product of `axes`, (indices, mask) each; zero beyond the masks."""
-    index, mask = _grid(axes)
-    return plgpu.load(ref.at[index], mask=mask, other=0.0)
-
-
-def _store(ref, value, *axes):
-    index, mask = _grid(axes)
-    plgpu.store(ref.at[index], value.astype(ref.dtype), mask=mask)
-
-
-def _grid(axes):
-    # One index tuple of arrays: chained `.at`s break masked stores in interpret mode.
-    vectors = [axis for axis in axes if isinstance(axis, tuple)]
-    index, mask, place = [], None, 0
-    for axis in axes:
-        if not isinstance(axis, tuple):
-            index.append(axis)
-            continue
-        shape = [1] * len(vectors)
-        shape[place] = -1
-        place += 1
-        positions, valid = (part.reshape(shape) for part in axis)
-        index.append(positions)
-        mask = valid if mask is None else mask & valid
-    shape = tuple(axis[0].size for axis in vectors)
-    return tuple(index), jnp.broadcast_to(mask, shape)
-
-
-def _dot(a, b):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == f32 else None
-    return jax.lax.dot(a, b, precision=precision, preferred_element_type=f32)
-
-
 def _tokens(sizes, block):
-    token = block * sizes.tokens + jnp.arange(sizes.tokens)
-    return token, token < sizes.length
+    return tiles.span(block * sizes.tokens, sizes.tokens, sizes.length)
 
 
 def _state_kernel(xbc_ref, w_ref, out_ref, *, sizes):
@@ -156,37 +119,33 @@ def _partial_state(x_ref, bc_ref, w_ref, out_ref, sizes, *, second):
 
     def body(i, acc):
         rows = _tokens(sizes, chunk * steps + i)
-        x = _load(x_ref, batch, rows, columns)
-        b = _load(bc_ref, batch, rows, states)
+        x = tiles.load(x_ref, batch, rows, columns)
+        b = tiles.load(bc_ref, batch, rows, states)
         if w_ref is not None:
-            x = (x.astype(f32) * _load(w_ref, batch, rows, head)[:, None]).astype(x.dtype)
-        return acc + _dot(b.T, x)
+            x = (x.astype(f32) * tiles.load(w_ref, batch, rows, head)[:, None]).astype(x.dtype)
+        return acc + tiles.dot(b.T, x)
 
     shape = (sizes.padded_state, sizes.padded_head_dim)
     state = jax.lax.fori_loop(0, steps, body, jnp.zeros(shape, f32))
-    n, p = jnp.arange(shape[0]), jnp.arange(shape[1])
-    _store(
-        out_ref, state, batch, chunk, head, (n, n < sizes.state), (p, p < sizes.head_dim)
-    )
+    tiles.store(out_ref, state, batch, chunk, head, *sizes.state_axes())
 
 
-def _state_tile(ref, sizes, batch, head):
-    n, p = jnp.arange(sizes.padded_state), jnp.arange(sizes.padded_head_dim)
-    return _load(ref, batch, head, (n, n < sizes.state), (p, p < sizes.head_dim))
+def state_tile(ref, sizes, batch, head):
+    return tiles.load(ref, batch, head, *sizes.state_axes())
 
 
 def _head_output(xbc_ref, d_ref, state_ref, sizes, batch, rows, head):
-    x = _load(xbc_ref, batch, rows, sizes.tile(head))
-    c = _load(xbc_ref, batch, rows, sizes.group_tile(head, second=True))
-    state = _state_tile(state_ref, sizes, batch, head)
-    return _dot(c, state) + d_ref[head].astype(f32) * x.astype(f32)
+    x = tiles.load(xbc_ref, batch, rows, sizes.tile(head))
+    c = tiles.load(xbc_ref, batch, rows, sizes.group_tile(head, second=True))
+    state = state_tile(state_ref, sizes, batch, head)
+    return tiles.dot(c, state) + d_ref[head].astype(f32) * x.astype(f32)
 
 
 def _output_kernel(xbc_ref, d_ref, state_ref, y_ref, *, sizes):
     head, block, batch = (pl.program_id(axis) for axis in range(3))
     rows = _tokens(sizes, block)
     y = _head_output(xbc_ref, d_ref, state_ref, sizes, batch, rows, head)
-    _store(y_ref, y, batch, rows, sizes.tile(head))
+    tiles.store(y_ref, y, batch, rows, sizes.tile(head))
 
 
 def _gated_output_kernel(
@@ -195,14 +154,28 @@ def _gated_output_kernel(
     block, batch = pl.program_id(0), pl.program_id(1)
     rows = _tokens(sizes, block)
 
-    def rounded(head):
+    def head_output(head):
         y = _head_output(xbc_ref, d_ref, state_ref, sizes, batch, rows, head)
-        return y.astype(out_ref.dtype).astype(f32)
+        return y.astype(out_ref.dtype)
+
+    def write(head, normed, _):
+        columns = sizes.tile(head)
+        z = tiles.load(z_ref, batch, rows, columns).astype(f32)
+        tiles.store(out_ref, normed.astype(out_ref.dtype) * z, batch, rows, columns)
+
+    fold_normed(write, None, head_output, scale_ref, bias_ref, sizes, rows[0].size, epsilon)
+
+
+def fold_normed(f, carry, head_output, scale_ref, bias_ref, sizes, tokens, epsilon):
+    """`carry = f(head, normed, carry)` for each head, normalised over all heads.
+
+    The heads do not fit into the registers together: each is computed twice.
+    """
 
     def moments(head, carry):
         # Two passes within a head, and Chan's formula between heads: no cancellation.
         mean, squares = carry
-        y, valid = rounded(head), sizes.tile(head)[1][None, :]
+        y, valid = head_output(head).astype(f32), sizes.tile(head)[1][None, :]
         head_mean = jnp.sum(y, axis=1) / sizes.head_dim
         centred = jnp.where(valid, y - head_mean[:, None], 0.0)
         delta = head_mean - mean
@@ -210,18 +183,18 @@ def _gated_output_kernel(
         between = delta * delta * (sizes.head_dim * head.astype(f32) * share)
         return mean + delta * share, squares + jnp.sum(centred * centred, axis=1) + between
 
-    zero = jnp.zeros((sizes.tokens,), f32)
+    zero = jnp.zeros((tokens,), f32)
     mean, squares = jax.lax.fori_loop(0, sizes.heads, moments, (zero, zero))
     inverse = jax.lax.rsqrt(squares / sizes.inner + epsilon)
 
-    def write(head, _):
-        columns = sizes.tile(head)
-        scale, bias = (_load(ref, columns).astype(f32) for ref in (scale_ref, bias_ref))
-        y = (rounded(head) - mean[:, None]) * inverse[:, None] * scale[None, :] + bias[None, :]
-        z = _load(z_ref, batch, rows, columns)
-        _store(out_ref, y.astype(z.dtype).astype(f32) * z.astype(f32), batch, rows, columns)
+    def normed(head, carry):
+        scale, bias = (
+            tiles.load(ref, sizes.tile(head)).astype(f32)[None, :] for ref in (scale_ref, bias_ref)
+        )
+        y = head_output(head).astype(f32)
+        return f(head, (y - mean[:, None]) * inverse[:, None] * scale + bias, carry)
 
-    jax.lax.fori_loop(0, sizes.heads, write, None)
+    return jax.lax.fori_loop(0, sizes.heads, normed, carry)
 
 
 def _gradient_kernel(
@@ -232,73 +205,60 @@ def _gradient_kernel(
     rows = _tokens(sizes, block)
     b_columns = sizes.group_tile(group, second=False)
     c_columns = sizes.group_tile(group, second=True)
-    b = _load(xbc_ref, batch, rows, b_columns)
+    b = tiles.load(xbc_ref, batch, rows, b_columns)
 
     def body(i, carry):
         db, dc = carry
         head = i * sizes.groups + group
         columns = sizes.tile(head)
-        x, dy = _load(xbc_ref, batch, rows, columns), _load(dy_ref, batch, rows, columns)
-        state = _state_tile(state_ref, sizes, batch, head)
-        dstate = _state_tile(dstate_ref, sizes, batch, head)
-        w, wide_x, wide_dy = _load(w_ref, batch, rows, head), x.astype(f32), dy.astype(f32)
-        dweighted = _dot(b, dstate)
+        x, dy = tiles.load(xbc_ref, batch, rows, columns), tiles.load(dy_ref, batch, rows, columns)
+        state = state_tile(state_ref, sizes, batch, head)
+        dstate = state_tile(dstate_ref, sizes, batch, head)
+        w, wide_x, wide_dy = tiles.load(w_ref, batch, rows, head), x.astype(f32), dy.astype(f32)
+        dweighted = tiles.dot(b, dstate)
         dx = w[:, None] * dweighted + d_ref[head].astype(f32) * wide_dy
-        _store(dxbc_ref, dx, batch, rows, columns)
-        _store(dw_ref, jnp.sum(wide_x * dweighted, axis=1), batch, rows, head)
+        tiles.store(dxbc_ref, dx, batch, rows, columns)
+        tiles.store(dw_ref, jnp.sum(wide_x * dweighted, axis=1), batch, rows, head)
         dd_ref[batch, block, head] = jnp.sum(jnp.sum(wide_x * wide_dy, axis=1), axis=0)
-        db = db + _dot((w[:, None] * wide_x).astype(x.dtype), dstate.T)
-        return db, dc + _dot(dy, state.T)
+        db = db + tiles.dot((w[:, None] * wide_x).astype(x.dtype), dstate.T)
+        return db, dc + tiles.dot(dy, state.T)
 
     zero = jnp.zeros((sizes.tokens, sizes.padded_state), f32)
     db, dc = jax.lax.fori_loop(0, sizes.heads // sizes.groups, body, (zero, zero))
-    _store(dxbc_ref, db, batch, rows, b_columns)
-    _store(dxbc_ref, dc, batch, rows, c_columns)
+    tiles.store(dxbc_ref, db, batch, rows, b_columns)
+    tiles.store(dxbc_ref, dc, batch, rows, c_columns)
 
 
 # --- Calls ------------------------------------------------------------------------------------
 
 
-def _call(kernel, name, grid, out_shape, args, *, interpret, num_warps=4, num_stages=2):
-    # Blocks are the whole arrays. Always name Triton's parameters: without them some versions of
-    # JAX choose another backend.
-    params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
-    return pl.pallas_call(
-        kernel,
-        grid=grid,
-        out_shape=out_shape,
-        compiler_params=None if interpret else params,
-        interpret=interpret,
-        name=name,
-    )(*args)
-
-
-def _states(kernel, name, args, sizes, *, dtype, interpret):
+def states(kernel, name, args, sizes, *, dtype, interpret, **options):
     """Sums over the tokens: (B, heads, N, P) in `dtype`, accumulated in float32."""
     batch, chunks = args[0].shape[0], pl.cdiv(sizes.length, sizes.chunk)
     shape = (batch, chunks, sizes.heads, sizes.state, sizes.head_dim)
     # Heads on the first, fastest axis: they read the same B and C at the same time.
-    parts = _call(
+    parts = tiles.call(
         functools.partial(kernel, sizes=sizes),
         name,
         (sizes.heads, chunks, batch),
         jax.ShapeDtypeStruct(shape, f32),
         args,
         interpret=interpret,
+        **options,
     )
     return parts.sum(1).astype(dtype)
 
 
 def _state(xbc, token_weights, sizes, *, interpret):
     args = (xbc, token_weights)
-    return _states(
+    return states(
         _state_kernel, "nc_ssd_state", args, sizes, dtype=xbc.dtype, interpret=interpret
     )
 
 
 def _output(xbc, d, state, sizes, *, interpret):
     batch, blocks = xbc.shape[0], pl.cdiv(sizes.length, sizes.tokens)
-    return _call(
+    return tiles.call(
         functools.partial(_output_kernel, sizes=sizes),
         "nc_ssd_output",
         (sizes.heads, blocks, batch),
@@ -309,7 +269,7 @@ def _output(xbc, d, state, sizes, *, interpret):
 
 
 def _gradients(xbc, token_weights, d, state, dy, sizes, *, interpret):
-    dstate = _states(
+    dstate = states(
         _state_gradient_kernel,
         "nc_ssd_state_gradient",
         (dy, xbc),
@@ -318,7 +278,7 @@ def _gradients(xbc, token_weights, d, state, dy, sizes, *, interpret):
         interpret=interpret,
     )
     batch, blocks = xbc.shape[0], pl.cdiv(sizes.length, sizes.tokens)
-    dxbc, dw, dd = _call(
+    dxbc, dw, dd = tiles.call(
         functools.partial(_gradient_kernel, sizes=sizes),
         "nc_ssd_gradient",
         (blocks, sizes.groups, batch),
@@ -368,7 +328,7 @@ def _gated_forward(
 ):
     sizes = Sizes.of(xbc, token_weights, inner, groups)
     state = _state(xbc, token_weights, sizes, interpret=interpret)
-    out = _call(
+    out = tiles.call(
         functools.partial(_gated_output_kernel, sizes=sizes, epsilon=epsilon),
         "nc_ssd_gated_output",
         (pl.cdiv(sizes.length, sizes.tokens), xbc.shape[0]),

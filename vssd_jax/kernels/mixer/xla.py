@@ -1,0 +1,28 @@
+"""The NC-SSD mixer after its input projection, put together from the other operations."""
+
+from vssd_jax.kernels.depthwise_conv import depthwise_conv
+from vssd_jax.kernels.nc_ssd import nc_ssd_gated
+from vssd_jax.kernels.residual import add_branch
+
+
+def nc_ssd_mixer(
+    x, xbc, token_weights, z, branch_weights, conv_kernel, conv_bias, d, scale, bias, out_kernel,
+    *, groups, epsilon, implementation,
+):  # fmt: skip
+    """See `vssd_jax.kernels.mixer.api.nc_ssd_mixer`; `implementation` is NC-SSD's."""
+    xbc = depthwise_conv(xbc, conv_kernel, conv_bias, activation="silu")
+    xbc, token_weights, z = (t.reshape(len(t), -1, t.shape[-1]) for t in (xbc, token_weights, z))
+    y = nc_ssd_gated(
+        xbc,
+        token_weights,
+        d,
+        z,
+        scale,
+        bias,
+        inner=z.shape[-1],
+        groups=groups,
+        epsilon=epsilon,
+        implementation=implementation,
+    )
+    branch = y.reshape(-1, y.shape[-1]) @ out_kernel.astype(y.dtype)
+    return add_branch(x, branch.reshape(x.shape), branch_weights)

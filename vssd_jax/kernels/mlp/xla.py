@@ -1,0 +1,26 @@
+"""The MLP branch in plain JAX: the reference, the fallback, and the way of training."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from vssd_jax.kernels.dispatch import recomputed_on_cpu
+from vssd_jax.kernels.layer_norm import layer_norm
+from vssd_jax.kernels.residual import add_branch
+
+
+@recomputed_on_cpu
+def gelu(x):
+    """Exact GELU by erf; `jax.nn.gelu` takes erfc, twice the work on a CPU, for far tails."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def mlp(x, branch_weights, scale, bias, w1, b1, w2, b2, *, epsilon):
+    """See `vssd_jax.kernels.mlp.api.mlp`."""
+    acc = jnp.promote_types(x.dtype, jnp.float32)
+    w1, b1, w2, b2 = (t.astype(x.dtype) for t in (w1, b1, w2, b2))
+    # Rows: over more leading axes, the weights' gradient transposes an activation on a CPU.
+    rows = layer_norm(x, scale, bias, epsilon=epsilon).reshape(-1, x.shape[-1])
+    hidden = gelu((rows @ w1 + b1).astype(acc)).astype(x.dtype)
+    return add_branch(x, (hidden @ w2 + b2).reshape(x.shape), branch_weights)

@@ -1,0 +1,3 @@
+from vssd_jax.kernels.norm_linear.api import norm_linear
+
+__all__ = ["norm_linear"]

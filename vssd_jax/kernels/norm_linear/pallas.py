@@ -1,0 +1,66 @@
+"""LayerNorm and linear layers as one Pallas kernel for NVIDIA GPUs (Triton), for inference.
+
+A program reads a block of tokens once and writes all its products; the normalised tokens stay in
+the registers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from vssd_jax.kernels import tiles
+
+TILE = 64  # columns of the result at a time
+MAX_CHANNELS = 256
+
+
+def supports(x) -> str | None:
+    """Why this argument is out of reach, or None."""
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"dtype {x.dtype} (it knows bfloat16 and float16)"
+    if x.shape[-1] > MAX_CHANNELS:
+        return f"{x.shape[-1]} channels (at most {MAX_CHANNELS})"
+    if x.size >= 2**29:  # the results are wider
+        return f"{x.size} elements (below 2^29)"
+    return None
+
+
+def _kernel(x_ref, scale_ref, bias_ref, kernel_ref, *out_refs, block, epsilon):
+    length, channels = x_ref.shape
+    rows = tiles.span(pl.program_id(0) * block, block, length)
+    inputs = tiles.span(0, tiles.padded(channels), channels)
+    x = tiles.load(x_ref, rows, inputs)
+    normed = tiles.layer_norm(x, scale_ref, bias_ref, inputs, epsilon)
+    start = 0
+    for out_ref in out_refs:
+        width = out_ref.shape[-1]
+        tile = min(TILE, tiles.padded(width))
+
+        def write(i, _, out_ref=out_ref, start=start, width=width, tile=tile):
+            columns, valid = tiles.span(i * tile, tile, width)
+            part = tiles.load(kernel_ref, inputs, (start + columns, valid))
+            tiles.store(out_ref, tiles.dot(normed, part), rows, (columns, valid))
+
+        jax.lax.fori_loop(0, pl.cdiv(width, tile), write, None)
+        start += width
+
+
+def norm_linear(x, scale, bias, kernel, *, widths, dtypes, epsilon, interpret=False):
+    """See `vssd_jax.kernels.norm_linear.api.norm_linear`. `interpret` runs it on a CPU."""
+    rows = x.reshape(-1, x.shape[-1])
+    block = 128 if x.shape[-1] <= 128 else 64
+    outputs = tiles.call(
+        functools.partial(_kernel, block=block, epsilon=epsilon),
+        "norm_linear",
+        (pl.cdiv(rows.shape[0], block),),
+        tuple(
+            jax.ShapeDtypeStruct((rows.shape[0], width), dtype)
+            for width, dtype in zip(widths, dtypes, strict=True)
+        ),
+        (rows, scale, bias, kernel.astype(x.dtype)),
+        interpret=interpret,
+        num_warps=8,
+    )
+    return tuple(y.reshape(*x.shape[:-1], -1) for y in outputs)

@@ -1,0 +1,17 @@
+"""LayerNorm and linear layers in plain JAX: reference, fallback, and the way of training."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from vssd_jax.kernels.layer_norm import layer_norm
+
+
+def norm_linear(x, scale, bias, kernel, *, widths, dtypes, epsilon):
+    """See `vssd_jax.kernels.norm_linear.api.norm_linear`."""
+    # Rows: over more leading axes, the weights' gradient transposes an activation on a CPU.
+    rows = layer_norm(x, scale, bias, epsilon=epsilon).reshape(-1, x.shape[-1])
+    parts = jnp.split(kernel.astype(x.dtype), np.cumsum(widths)[:-1], axis=1)
+    return tuple(
+        jnp.matmul(rows, part, preferred_element_type=dtype).reshape(*x.shape[:-1], -1)
+        for part, dtype in zip(parts, dtypes, strict=True)
+    )
