@@ -240,7 +240,11 @@ class Conv(nnx.Module):
                 [(self.padding, self.padding)] * 2,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
-        return y if bias is None else y + bias.astype(dtype)
+        if bias is None:
+            return y
+        if scale is not None:  # a rounded shift would move all pixels alike, which adds up
+            return (y.astype(bias.dtype) + bias).astype(dtype)
+        return y + bias.astype(dtype)
 
 
 @recomputed_on_cpu
