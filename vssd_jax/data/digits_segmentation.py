@@ -14,8 +14,7 @@ from vssd_jax.data import scenes
 from vssd_jax.errors import UserError
 
 CLASSES = ("background", *map(str, range(scenes.NUM_CLASSES)))
-SIZE = (96, 128)
-SIZES = {"training": 1600, "validation": 100}
+SIZES = {"training": 2000, "validation": 200}
 
 _VERSION = 1  # of what `prepare` makes; a new number makes old folders be made again
 _HANDWRITING = {"training": "train", "validation": "test"}
@@ -45,11 +44,11 @@ def write(root: str | os.PathLike, *, sizes: dict[str, int] = SIZES, seed: int =
                 rng = np.random.default_rng((seed, number, index))
                 image, instances = scenes.make_scene(
                     rng,
-                    size=SIZE,
-                    num_digits=(2, 5),
+                    size=(64, 64),
+                    num_digits=(1, 2),
                     digit_size=(36, 52),
-                    min_visible=0.85,
-                    clutter=6,
+                    min_visible=0.8,
+                    clutter=4,
                     split=_HANDWRITING[split],
                 )
                 label = np.ones(image.shape[:2], np.uint8)
