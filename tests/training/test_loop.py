@@ -262,7 +262,15 @@ class GoldenTask(Classification):
         }
 
 
-def test_training_follows_the_authors_code(x64, tmp_path, monkeypatch):
+@pytest.fixture
+def x64_everywhere():
+    """float64 in Orbax's threads too."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def test_training_follows_the_authors_code(x64_everywhere, tmp_path, monkeypatch):
     """Twelve steps in float64 with MESA, the average of weights and statistics, and clipping."""
     golden = np.load(GOLDEN / "training_nano.npz")
     settings = json.loads(str(golden["settings"]))
