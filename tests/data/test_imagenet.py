@@ -42,14 +42,14 @@ def test_tfds_orders_labels_by_synset():
     assert names == sorted(names)
 
 
-FREQUENT, EACH = 4, 64
+FREQUENT, EACH = 4, 160
 TRAIN, VAL = 1000 + FREQUENT * (EACH - 1), 12
 
 
 def pictures():
     """split -> {synset: {file name: bytes}}: all 1000 classes for training, 12 for validation.
 
-    In training the first four have 64 pictures each, alike but for the size: they can be learned.
+    In training the first four have 160 pictures each, alike but for the size: they can be learned.
     """
     train = {
         synset: {
@@ -215,7 +215,7 @@ def check_run(result, workdir):
 
 @pytest.fixture(scope="module")
 def run_on_folders(tmp_path_factory):
-    """A run on folders with damaged pictures, 13 of 1252 for training and one for evaluation."""
+    """A run on folders with damaged pictures, 13 of 1636 for training and one for evaluation."""
     root = tmp_path_factory.mktemp("folders")
     write_folders(root)
     files = sorted((root / "train" / synsets()[0]).iterdir())[:13]

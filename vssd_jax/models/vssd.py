@@ -564,14 +564,16 @@ class Stage(nnx.Module):
         options = {"implementation": implementation, "precision": precision, "rngs": rngs}
         self.blocks = nnx.List([Block(config, stage, rate, **options) for rate in drop_paths])
         self.remat = remat
+        self.deterministic = False
         make = {"conv": ConvDownsample, "patch": PatchDownsample}[config.downsample]
         channels = config.embed_dim * 2**stage
         self.downsample = make(channels, precision=precision, rngs=rngs) if stage < 3 else None
 
     def __call__(self, x, rngs=None):
         """Returns the output of the last block; `downsample` is left to the caller."""
+        remat = self.remat and not self.deterministic  # evaluation has no backward pass
         for block in self.blocks:
-            x = nnx.remat(Block.__call__)(block, x, rngs) if self.remat else block(x, rngs)
+            x = nnx.remat(Block.__call__)(block, x, rngs) if remat else block(x, rngs)
         return x
 
 
