@@ -14,6 +14,7 @@ from vssd_jax.data import pipeline
 from vssd_jax.data.decode import DecodedSource
 from vssd_jax.errors import UserError
 from vssd_jax.models import registry
+from vssd_jax.tasks import common
 from vssd_jax.training import image_ops
 from vssd_jax.training.mixup import mixup_cutmix
 
@@ -51,16 +52,7 @@ class Classification:
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The fresh model, in training mode."""
-        config = self.config
-        return registry.build(
-            config.model,
-            num_classes=self.num_classes,
-            dtype=jnp.dtype(config.dtype),
-            implementation=config.implementation,
-            remat=config.remat,
-            rngs=rngs,
-            **config.model_options,
-        )
+        return common.build(self.config, self.num_classes, rngs)
 
     @functools.cache  # noqa: B019 - a task lives as long as its run
     def _pictures(self, split: str):
@@ -89,16 +81,6 @@ class Classification:
         """Number of training images."""
         return len(self._pictures("train"))
 
-    def _batches(self, make, source, transform, **options) -> Iterator[dict]:
-        return make(
-            source,
-            transform,
-            num_workers=self.config.num_workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            **options,
-        )
-
     def train_batches(self, start_step: int) -> Iterator[dict]:
         """This process's share of the batches from `start_step` on, as NumPy arrays."""
         config = self.config
@@ -107,8 +89,9 @@ class Classification:
             from vssd_jax.data.cached import CachedSource
 
             source = CachedSource(source, config.cache_decoded, num_workers=config.num_workers)
-        return self._batches(
+        return common.batches(
             pipeline.train_batches,
+            self.config,
             source,
             self._transforms()[0],
             batch_size=config.batch_size,
@@ -118,8 +101,9 @@ class Classification:
 
     def eval_batches(self) -> Iterator[dict]:
         """This process's share of the evaluation batches; `valid` masks the padding."""
-        return self._batches(
+        return common.batches(
             pipeline.eval_batches,
+            self.config,
             DecodedSource(self._pictures("val")),
             self._transforms()[1],
             batch_size=self.config.eval_batch_size,

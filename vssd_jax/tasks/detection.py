@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
@@ -15,7 +14,7 @@ from vssd_jax.data import coco, pipeline
 from vssd_jax.errors import UserError
 from vssd_jax.models import registry
 from vssd_jax.models.mask_rcnn import Detections
-from vssd_jax.tasks import coco_metrics
+from vssd_jax.tasks import coco_metrics, common
 from vssd_jax.training.distributed import say
 from vssd_jax.training.optimizer import total_steps
 
@@ -74,16 +73,7 @@ class Detection:
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The fresh model, in training mode."""
-        config = self.config
-        return registry.build(
-            config.model,
-            num_classes=self.num_classes,
-            dtype=jnp.dtype(config.dtype),
-            implementation=config.implementation,
-            remat=config.remat,
-            rngs=rngs,
-            **config.model_options,
-        )
+        return common.build(self.config, self.num_classes, rngs)
 
     @functools.cache  # noqa: B019 - a task lives as long as its run
     def _source(self, split: str) -> coco.CocoSource:
@@ -116,16 +106,6 @@ class Detection:
         """Number of training images."""
         return len(self._source("train"))
 
-    def _batches(self, make, source, transform, **options) -> Iterator[dict]:
-        return make(
-            source,
-            transform,
-            num_workers=self.config.num_workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            **options,
-        )
-
     def train_batches(self, start_step: int) -> Iterator[dict]:
         """This process's share of the batches from `start_step` on, as NumPy arrays."""
         config, source = self.config, self._source("train")
@@ -147,8 +127,9 @@ class Detection:
             max_objects=config.max_objects,
             flip=config.flip,
         )
-        return self._batches(
+        return common.batches(
             pipeline.train_batches,
+            self.config,
             grouped,
             transform,
             batch_size=config.batch_size,
@@ -167,8 +148,12 @@ class Detection:
             shapes=None if config.exact_padding else _shapes(config),
         )
         grouped = coco.GroupedByOrientation(self._source("val"), config.eval_batch_size)
-        return self._batches(
-            pipeline.eval_batches, grouped, transform, batch_size=config.eval_batch_size
+        return common.batches(
+            pipeline.eval_batches,
+            self.config,
+            grouped,
+            transform,
+            batch_size=config.eval_batch_size,
         )
 
     def loss(self, model, batch, *, step, rngs, teacher):

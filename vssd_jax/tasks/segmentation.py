@@ -14,6 +14,7 @@ from vssd_jax.data import ade20k, digits_segmentation, pipeline
 from vssd_jax.data.segmentation_pictures import save_prediction
 from vssd_jax.errors import UserError
 from vssd_jax.models import registry
+from vssd_jax.tasks import common
 from vssd_jax.tasks import segmentation_metrics as metrics
 
 CLASSES = {"ade20k": ade20k.CLASSES, "digits_segmentation": digits_segmentation.CLASSES}
@@ -66,16 +67,7 @@ class Segmentation:
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The fresh model, in training mode."""
-        config = self.config
-        return registry.build(
-            config.model,
-            num_classes=self.num_classes,
-            dtype=jnp.dtype(config.dtype),
-            implementation=config.implementation,
-            remat=config.remat,
-            rngs=rngs,
-            **config.model_options,
-        )
+        return common.build(self.config, self.num_classes, rngs)
 
     @functools.cache  # noqa: B019 - a task lives as long as its run
     def _source(self, split: str) -> ade20k.ADE20K:
@@ -89,16 +81,6 @@ class Segmentation:
     def train_size(self) -> int:
         """Number of training images."""
         return len(self._source("training"))
-
-    def _batches(self, make, source, transform, **options) -> Iterator[dict]:
-        return make(
-            source,
-            transform,
-            num_workers=self.config.num_workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            **options,
-        )
 
     def train_batches(self, start_step: int) -> Iterator[dict]:
         """This process's share of the batches from `start_step` on, as NumPy arrays."""
@@ -117,8 +99,9 @@ class Segmentation:
             max_ratio=config.max_class_share,
             flip=config.flip,
         )
-        return self._batches(
+        return common.batches(
             pipeline.train_batches,
+            self.config,
             self._source("training"),
             transform,
             batch_size=config.batch_size,
@@ -145,8 +128,9 @@ class Segmentation:
 
     def eval_batches(self) -> Iterator[dict]:
         """This process's share of the evaluation batches; `valid` masks the padding."""
-        return self._batches(
+        return common.batches(
             pipeline.eval_batches,
+            self.config,
             self._eval_source,
             functools.partial(ade20k.eval_transform, **self._eval_options()),
             batch_size=self.config.eval_batch_size,
@@ -166,9 +150,7 @@ class Segmentation:
         """Confusion matrices, and for `save_predictions` the predicted labels."""
         size, shape = batch["size"], batch["label"].shape[1:]
         label = jnp.where(batch["valid"][:, None, None], batch["label"], ade20k.IGNORE)
-        views = metrics.model_views(
-            model, batch["images"], flip=self._tta and self.config.flip > 0
-        )
+        views = metrics.model_views(model, batch["images"], flip=self._tta and self.config.flip > 0)
         predicted = metrics.predict_labels(views[:1], size, shape)
         outputs = {"confusion": metrics.confusion_matrix(predicted, label, self.num_classes)}
         if self._tta:
