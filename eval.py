@@ -30,8 +30,10 @@ def main():
     cli.join_processes()
     if WEIGHTS.value is None:
         raise UserError("--weights is missing; see --help")
+    from vssd_jax.host import prepare_cpu
     from vssd_jax.training.evaluation import evaluate_weights
 
+    prepare_cpu()
     results = evaluate_weights(
         config,
         WEIGHTS.value,

@@ -15,8 +15,10 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/
 def main():
     config = cli.load_config()
     cli.join_processes()
+    from vssd_jax.host import prepare_cpu
     from vssd_jax.training.loop import train
 
+    prepare_cpu()
     train(config, WORKDIR.value or f"runs/{cli.config_name()}")
 
 

@@ -14,6 +14,10 @@ import numpy as np
 import optax
 from flax import nnx
 
+from vssd_jax.host import prepare_cpu
+
+prepare_cpu()
+
 
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with the options that every benchmark has."""

@@ -7,8 +7,6 @@ device. Normalisation and the noise of random erasing follow on the device, see
 Every transform depends on its arguments and the generator alone.
 """
 
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import math
@@ -19,26 +17,11 @@ import scipy.sparse
 from PIL import Image
 
 from vssd_jax.data.randaugment import rand_augment, to_uint8
+from vssd_jax.host import keep_freed_memory
 
 # The pipeline runs a worker per core: OpenCV's own threads would only get in their way.
 cv2.setNumThreads(0)
-
-
-def _keep_freed_memory() -> None:
-    """Tells glibc to keep freed arrays for the next ones.
-
-    By default it hands everything above 128 kB back to the system and takes it again page by page
-    for the next picture, which costs a fifth of the transforms' time.
-    """
-    mmap_threshold, trim_threshold = -3, -1  # from malloc.h
-    # No mallopt outside glibc.
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 32 << 20)
-        libc.mallopt(trim_threshold, 256 << 20)
-
-
-_keep_freed_memory()
+keep_freed_memory()
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:

@@ -46,20 +46,6 @@ def target() -> Target:
     return Target({"cuda": "gpu"}.get(platform, platform), kind)
 
 
-def recomputed_on_cpu(f: Callable) -> Callable:
-    """`f`, which on a CPU keeps its arguments alone for the gradient and computes again.
-
-    XLA's CPU client asks the system for all temporary memory anew in every call, and each page of
-    it is a page fault: a quarter of a training step's time. On a GPU it would move more bytes.
-    """
-
-    @functools.wraps(f)
-    def wrapped(*args):
-        return (jax.checkpoint(f) if target().platform == "cpu" else f)(*args)
-
-    return wrapped
-
-
 def check_name(implementation: str | None) -> None:
     """Raises UserError for an implementation that does not exist."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:

@@ -18,7 +18,7 @@ from flax import nnx
 
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
-from vssd_jax.kernels.dispatch import check_name, recomputed_on_cpu
+from vssd_jax.kernels.dispatch import check_name
 from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.mixer import nc_ssd_mixer
 from vssd_jax.kernels.mlp import mlp
@@ -247,13 +247,11 @@ class Conv(nnx.Module):
         return y + bias.astype(dtype)
 
 
-@recomputed_on_cpu
 def _moments(x):
     mean = x.mean((0, 1, 2))
     return mean, jnp.square(x - mean).mean((0, 1, 2))
 
 
-@recomputed_on_cpu
 def _affine(x, mean, scale, bias):
     return (x - mean) * scale + bias
 

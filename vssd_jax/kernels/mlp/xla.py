@@ -5,12 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from vssd_jax.kernels.dispatch import recomputed_on_cpu
 from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.residual import add_branch
 
 
-@recomputed_on_cpu
 def gelu(x):
     """Exact GELU by erf; `jax.nn.gelu` takes erfc, twice the work on a CPU, for far tails."""
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
