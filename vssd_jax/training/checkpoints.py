@@ -3,11 +3,17 @@
 A checkpoint has two parts: "ema", the averaged weights that evaluation reads, by dotted name;
 and "train", the rest of the training state. It is complete once it holds the checksums of its
 files: Orbax reads a flipped byte of an array without complaint.
+
+For every array Orbax runs a millisecond of Python, which a training step would have to wait for.
+What each device has whole is therefore saved as one vector for each dtype, and the checkpoint's
+metadata tell the layout.
 """
 
 import errno
+import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -16,8 +22,10 @@ import threading
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from vssd_jax.errors import UserError
@@ -50,12 +58,14 @@ def read_ema(workdir: str | os.PathLike) -> tuple[dict[str, np.ndarray], int]:
 def read_part(folder: pathlib.Path, part: str) -> dict[str, np.ndarray]:
     """The arrays of one part of a checkpoint, "ema" or "train", by name."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    found = ocp.checkpointables_metadata(folder)
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-        for name, leaf in ocp.checkpointables_metadata(folder).metadata[part].items()
+        for name, leaf in found.metadata[part].items()
     }
     arrays = ocp.load_checkpointables(folder, {part: abstract})[part]
-    return {name: np.asarray(value) for name, value in arrays.items()}
+    arrays = {name: np.asarray(value) for name, value in arrays.items()}
+    return _unpack(arrays, found.custom_metadata[part])
 
 
 def _steps(root: pathlib.Path) -> list[int]:
@@ -131,9 +141,49 @@ def _parts(state: TrainState) -> dict[str, dict]:
     return {"ema": state.ema, "train": _named(state.replace(ema={}))}
 
 
-def _metadata(checkpointer, step: int) -> dict[str, dict]:
-    """Shape and dtype of every array of a checkpoint, by part and name."""
-    return checkpointer.checkpointables_metadata(step).metadata
+def _layout(leaves: dict[str, Any]) -> dict[str, list]:
+    """Names and shapes of the arrays that each vector is made of."""
+    layout = {}
+    for name, leaf in leaves.items():
+        if leaf.sharding.is_fully_replicated:
+            layout.setdefault(f"packed_{leaf.dtype}", []).append((name, leaf.shape))
+    return layout
+
+
+def _members(layout: dict[str, list]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for members in layout.values() for name, shape in members}
+
+
+@jax.jit
+def _concatenate(groups: dict[str, list]) -> dict[str, jax.Array]:
+    return {
+        vector: jnp.concatenate([leaf.ravel() for leaf in leaves])
+        for vector, leaves in groups.items()
+    }
+
+
+def _pack(leaves: dict[str, Any], layout: dict[str, list]) -> dict[str, Any]:
+    packed = _members(layout)
+    groups = {vector: [leaves[n] for n, _ in members] for vector, members in layout.items()}
+    return _concatenate(groups) | {n: leaf for n, leaf in leaves.items() if n not in packed}
+
+
+def _unpack(arrays: dict[str, Any], layout: dict[str, list]) -> dict[str, Any]:
+    leaves = {name: array for name, array in arrays.items() if name not in layout}
+    for vector, members in layout.items():
+        start = 0
+        for name, shape in members:
+            end = start + math.prod(shape)
+            leaves[name] = arrays[vector][start:end].reshape(shape)
+            start = end
+    return leaves
+
+
+def _everywhere(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """An array of any rank, whole on each device of `sharding`."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding
 
 
 class Checkpoints:
@@ -205,10 +255,12 @@ class Checkpoints:
         self._saving.start()
 
     def _start(self, state: TrainState, metrics: dict[str, float]) -> tuple:
-        step = int(state.step)
+        step, parts = int(state.step), _parts(state)
+        layouts = {part: _layout(leaves) for part, leaves in parts.items()}
+        packed = {part: _pack(leaves, layouts[part]) for part, leaves in parts.items()}
         try:
             response = self._checkpointer.save_checkpointables_async(
-                step, _parts(state), metrics=metrics, force=True
+                step, packed, metrics=metrics, custom_metadata=layouts, force=True
             )
         except Exception as error:
             self._error = error
@@ -249,21 +301,39 @@ class Checkpoints:
           UserError: the checkpoint is of another model or optimizer.
         """
         step, parts = self.latest_step, _parts(abstract)
-        saved = {
-            part: {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-            for part, leaves in _metadata(self._checkpointer, step).items()
+        found = self._checkpointer.checkpointables_metadata(step)
+        stored, layouts = found.metadata, found.custom_metadata
+        for part, wanted in parts.items():
+            saved = {name: tuple(leaf.shape) for name, leaf in stored[part].items()}
+            saved = {n: shape for n, shape in saved.items() if n not in layouts[part]}
+            if saved | _members(layouts[part]) != {n: leaf.shape for n, leaf in wanted.items()}:
+                raise UserError(
+                    f"the checkpoint of step {step} in {self._checkpointer.directory} does not fit "
+                    "the config; use another --workdir, or the model and optimizer it was trained "
+                    "with"
+                )
+        whole = _everywhere(abstract.step.sharding)
+        packed = {
+            part: {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+                if name in layouts[part]
+                else parts[part][name]
+                for name, leaf in stored[part].items()
+            }
+            for part in parts
         }
-        wanted = {part: {n: x.shape for n, x in leaves.items()} for part, leaves in parts.items()}
-        if saved != wanted:
-            raise UserError(
-                f"the checkpoint of step {step} in {self._checkpointer.directory} does not fit the "
-                "config; use another --workdir, or the model and optimizer it was trained with"
-            )
-        parts = self._checkpointer.load_checkpointables(step, parts)
+        packed = self._checkpointer.load_checkpointables(step, packed)
+        leaves = {
+            part: jax.jit(
+                functools.partial(_unpack, layout=layouts[part]),
+                out_shardings={name: leaf.sharding for name, leaf in wanted.items()},
+            )(packed[part])
+            for part, wanted in parts.items()
+        }
         structure = jax.tree.structure(abstract.replace(ema={}))
         names = _named(abstract.replace(ema={}))
-        state = jax.tree.unflatten(structure, [parts["train"][name] for name in names])
-        return state.replace(ema=parts["ema"])
+        state = jax.tree.unflatten(structure, [leaves["train"][name] for name in names])
+        return state.replace(ema=leaves["ema"])
 
     def __enter__(self):
         return self
