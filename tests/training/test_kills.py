@@ -30,7 +30,13 @@ def start(folder, name):
         return subprocess.Popen(
             [sys.executable, "train.py", f"--config={config}", f"--workdir={folder / name}"],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                # The same programs a hundred times.
+                "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            },
             stdout=log,
             stderr=log,
         )
