@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from pycocotools.cocoeval import COCOeval
 
 from configs import digits_detection as digits_config
 from tests.conftest import ROOT
+from tests.resume import assert_same_run, train_with_stops
 from tests.tasks.test_coco_metrics import perfect, whole_batch
 from vssd_jax.data import digits_detection
 from vssd_jax.errors import UserError
@@ -130,22 +130,13 @@ def test_evaluation_of_the_workdir_gives_the_same_numbers(run, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_a_stopped_run_resumes_as_if_never_stopped(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stopped_run_resumes_bitwise(run, tmp_path, monkeypatch, num_workers):
     config, workdir, results = run
-    real = Detection.train_batches
-
-    def stopping(self, start_step):
-        for index, batch in enumerate(real(self, start_step), start_step):
-            if index == 4:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-    monkeypatch.setattr(Detection, "train_batches", stopping)
-    train(config, tmp_path)
-    assert max(losses(tmp_path)) < STEPS
-    monkeypatch.setattr(Detection, "train_batches", real)
-    assert train(config, tmp_path) == results
-    assert losses(tmp_path) == losses(workdir)
+    config = config.copy_and_resolve_references()
+    config.num_workers = num_workers
+    assert train_with_stops(monkeypatch, Detection, config, tmp_path, (3, 4, 5)) == results
+    assert_same_run(tmp_path, workdir)
 
 
 def test_printed_numbers_are_those_of_the_written_predictions(data_dir, tmp_path):

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -15,11 +14,11 @@ from PIL import Image
 
 from configs import upernet
 from tests.conftest import ROOT
+from tests.resume import assert_same_run, train_with_stops
 from vssd_jax import UserError, create_model
 from vssd_jax.data import ade20k
 from vssd_jax.tasks import segmentation_metrics as metrics
 from vssd_jax.tasks.segmentation import Segmentation
-from vssd_jax.training.checkpoints import read_ema
 from vssd_jax.training.evaluation import evaluate_weights
 from vssd_jax.training.loop import train
 from vssd_jax.training.metrics import read_metrics
@@ -185,23 +184,8 @@ def test_a_stopped_run_resumes_bitwise(run, tmp_path, monkeypatch, num_workers):
     config, workdir, results = run
     config = config.copy_and_resolve_references()
     config.num_workers = num_workers
-    real = Segmentation.train_batches
-
-    def stopping(self, start_step):
-        for index, batch in enumerate(real(self, start_step), start_step):
-            if index == STEPS // 2:  # read ahead: the run stops before
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
-
-    monkeypatch.setattr(Segmentation, "train_batches", stopping)
-    train(config, tmp_path)
-    assert 0 < read_ema(tmp_path)[1] < STEPS
-    monkeypatch.setattr(Segmentation, "train_batches", real)
-    assert train(config, tmp_path) == results
-    whole, resumed = read_ema(workdir)[0], read_ema(tmp_path)[0]
-    assert whole.keys() == resumed.keys()
-    for name, value in whole.items():
-        np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+    assert train_with_stops(monkeypatch, Segmentation, config, tmp_path, (5, 10, 15)) == results
+    assert_same_run(tmp_path, workdir)
 
 
 def palette(label):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -18,12 +17,13 @@ from tests.conftest import GOLDEN, ROOT
 from tests.golden.synthetic import _rng
 from tests.golden_model import golden_images, golden_weights, relative_error
 from tests.golden_model import run as run_model
+from tests.resume import assert_same_run, train_with_stops
 from vssd_jax.config import classification_config, segmentation_config
 from vssd_jax.errors import UserError
 from vssd_jax.tasks import classification, make_task
 from vssd_jax.tasks.classification import Classification
 from vssd_jax.training import loop
-from vssd_jax.training.checkpoints import read_ema, read_part
+from vssd_jax.training.checkpoints import read_ema
 from vssd_jax.training.evaluation import evaluate_weights
 from vssd_jax.training.loop import pretrained, train
 from vssd_jax.training.metrics import read_metrics
@@ -127,32 +127,14 @@ def test_a_finished_run_is_not_repeated(run, capsys):
         assert word in told
 
 
-def test_a_stopped_run_resumes_as_if_never_stopped(run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stopped_run_resumes_bitwise(run, tmp_path, monkeypatch, num_workers):
     config, workdir, results, _ = run
-    real, stop_at = Classification.train_batches, [3, EPOCH + 4, 2 * EPOCH - 1]
-
-    def stopping(self, start_step):
-        for index, batch in enumerate(real(self, start_step), start_step):
-            if stop_at and index == stop_at[0]:
-                os.kill(os.getpid(), signal.SIGTERM)
-                del stop_at[0]
-            yield batch
-
-    monkeypatch.setattr(Classification, "train_batches", stopping)
-    for _ in range(3):
-        train(config, tmp_path)
-        assert "stopped" in capsys.readouterr().out
-    assert train(config, tmp_path) == results
-    assert losses(tmp_path) == losses(workdir)
-    # The state too, bit for bit.
-    for part in ("ema", "train"):
-        whole, resumed = (
-            read_part(folder / f"checkpoints/{2 * EPOCH}", part) for folder in (workdir, tmp_path)
-        )
-        assert len(whole) > 100
-        assert whole.keys() == resumed.keys()
-        for name, value in whole.items():
-            np.testing.assert_array_equal(resumed[name], value, err_msg=name)
+    config = config.copy_and_resolve_references()
+    config.num_workers = num_workers
+    stops = 3, EPOCH + 4, 2 * EPOCH - 1
+    assert train_with_stops(monkeypatch, Classification, config, tmp_path, stops) == results
+    assert_same_run(tmp_path, workdir)
 
 
 def test_a_workdir_in_use_is_refused(run):
