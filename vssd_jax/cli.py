@@ -111,10 +111,15 @@ def run(main: Callable[[], None]) -> None:
             sys.stdout.flush()
             os._exit(130)
         except Exception as error:
-            line = _lost_process(error)
+            if "jax" not in sys.modules:
+                raise
+            from vssd_jax.training import distributed
+
+            line = distributed.failure(error)
             if line is None:
                 raise
-            print(f"{pathlib.Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+            print(f"{pathlib.Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+            distributed.outlive_others()
             _exit_now(1)
         # The error's frames are gone by now, and with them the workers and their memory.
         _fail(message)
@@ -128,15 +133,6 @@ def _fail(message: str) -> None:
     if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
         _exit_now(2)
     sys.exit(2)
-
-
-def _lost_process(error: Exception) -> str | None:
-    """A line for an error whose cause is that another process of the run ended."""
-    if "jax" not in sys.modules:
-        return None
-    from vssd_jax.training import distributed
-
-    return distributed.failure(error)
 
 
 def _exit_now(status: int) -> None:

@@ -66,15 +66,16 @@ class Digits:
 
     def __init__(self, data_dir: str, split: str):
         folder = pathlib.Path(data_dir).absolute()
+        builder = DigitsBuilder(data_dir=str(folder), file_format="array_record")
         try:
-            builder = DigitsBuilder(data_dir=str(folder), file_format="array_record")
             if not builder.data_path.exists():
                 tfds.disable_progress_bar()
                 builder.download_and_prepare()
         except OSError as error:
-            raise UserError(
-                f"the digits cannot be prepared in {data_dir}: {error.strerror or error}"
-            ) from error
+            if not builder.data_path.exists():  # or else another process was first
+                raise UserError(
+                    f"the digits cannot be prepared in {data_dir}: {error.strerror or error}"
+                ) from error
         self._source = tfds.data_source(
             builder.name,
             data_dir=folder,

@@ -1,11 +1,16 @@
 """Several processes that train one model."""
 
+import faulthandler
+import time
+
 import jax
 
 from vssd_jax.errors import UserError
 
 # How long a silent process is waited for, in seconds.
 _HEARTBEAT_TIMEOUT = 30
+# What the others may need to see for themselves that one has ended, in seconds.
+_GRACE = 5
 
 
 def initialize(
@@ -21,6 +26,8 @@ def initialize(
     Raises:
       UserError: nothing was found, or the others cannot be reached.
     """
+    # JAX ends a process that lost the others with a line that says so; no page of stacks after it.
+    faulthandler.disable()
     try:
         jax.distributed.initialize(
             coordinator,
@@ -36,6 +43,15 @@ def initialize(
             "SLURM, Kubernetes, Open MPI and TPUs give --coordinator=HOST:PORT, --num_processes "
             "and --process_id"
         ) from error
+
+
+def outlive_others() -> None:
+    """Process 0 coordinates the others: after a failure it must end last.
+
+    Without it JAX aborts them, and what each has to say is lost.
+    """
+    if is_main():
+        time.sleep(_GRACE)
 
 
 def is_main() -> bool:
