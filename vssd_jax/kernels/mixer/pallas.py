@@ -47,7 +47,7 @@ def _convolved(ref, kernel_ref, bias_ref, batch, token, columns, picture):
 def _state_kernel(xbc_ref, w_ref, kernel_ref, bias_ref, out_ref, *, sizes, picture):
     head, chunk, batch = (pl.program_id(axis) for axis in range(3))
     columns, states = sizes.tile(head), sizes.group_tile(head, second=False)
-    block = sizes.tokens // 2  # the convolution takes registers: more would spill
+    block = sizes.halved().tokens  # the convolution takes registers: more would spill
     steps = sizes.chunk // block
 
     def body(i, acc):

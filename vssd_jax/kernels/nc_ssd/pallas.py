@@ -30,21 +30,28 @@ class Sizes:
     groups: int
     state: int
     head_dim: int
+    tokens: int  # of one step of a kernel
+    warps: int
 
     @classmethod
     def of(cls, xbc, token_weights, inner, groups):
         _, length, width = xbc.shape
         heads = token_weights.shape[-1]
-        return cls(length, heads, groups, (width - inner) // (2 * groups), inner // heads)
+        state, head_dim = (width - inner) // (2 * groups), inner // heads
+        # Matrix units want 16 tokens at least; more than these would spill registers. Float32
+        # takes more of them: matrix units have no exact products for it.
+        tokens, warps = 64 if max(tiles.padded(state), tiles.padded(head_dim)) <= 64 else 32, 4
+        if xbc.dtype == f32:
+            tokens, warps = tokens // 2, 8
+        return cls(length, heads, groups, state, head_dim, tokens, warps)
+
+    def halved(self):
+        """For a kernel with more arrays in registers."""
+        return dataclasses.replace(self, tokens=max(16, self.tokens // 2))
 
     @property
     def inner(self):
         return self.heads * self.head_dim
-
-    @property
-    def tokens(self):
-        """Tokens of one step of a kernel; matrix units want 16 at least."""
-        return 64 if max(self.padded_state, self.padded_head_dim) <= 64 else 32
 
     @property
     def chunk(self):
@@ -244,6 +251,7 @@ def states(kernel, name, args, sizes, *, dtype, interpret, **options):
         jax.ShapeDtypeStruct(shape, f32),
         args,
         interpret=interpret,
+        num_warps=sizes.warps,
         **options,
     )
     return parts.sum(1).astype(dtype)
@@ -265,6 +273,7 @@ def _output(xbc, d, state, sizes, *, interpret):
         jax.ShapeDtypeStruct((batch, sizes.length, sizes.inner), xbc.dtype),
         (xbc, d, state),
         interpret=interpret,
+        num_warps=sizes.warps,
     )
 
 
@@ -277,6 +286,7 @@ def _gradients(xbc, token_weights, d, state, dy, sizes, *, interpret):
         dtype=xbc.dtype,
         interpret=interpret,
     )
+    sizes = sizes.halved()
     batch, blocks = xbc.shape[0], pl.cdiv(sizes.length, sizes.tokens)
     dxbc, dw, dd = tiles.call(
         functools.partial(_gradient_kernel, sizes=sizes),
@@ -335,6 +345,7 @@ def _gated_forward(
         jax.ShapeDtypeStruct(z.shape, z.dtype),
         (xbc, d, state, z, scale, bias),
         interpret=interpret,
+        num_warps=sizes.warps,
     )
     return out, (xbc, token_weights, d, z, scale, bias, state)
 
