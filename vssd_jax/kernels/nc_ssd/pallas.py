@@ -251,8 +251,7 @@ def states(kernel, name, args, sizes, *, dtype, interpret, **options):
         jax.ShapeDtypeStruct(shape, f32),
         args,
         interpret=interpret,
-        num_warps=sizes.warps,
-        **options,
+        **{"num_warps": sizes.warps, **options},
     )
     return parts.sum(1).astype(dtype)
 
