@@ -65,7 +65,7 @@ def read_part(folder: pathlib.Path, part: str) -> dict[str, np.ndarray]:
     }
     arrays = ocp.load_checkpointables(folder, {part: abstract})[part]
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
-    return _unpack(arrays, found.custom_metadata[part])
+    return _unpack(arrays, _layouts(found)[part])
 
 
 def _steps(root: pathlib.Path) -> list[int]:
@@ -148,6 +148,11 @@ def _layout(leaves: dict[str, Any]) -> dict[str, list]:
         if leaf.sharding.is_fully_replicated:
             layout.setdefault(f"packed_{leaf.dtype}", []).append((name, leaf.shape))
     return layout
+
+
+def _layouts(found) -> dict[str, dict]:
+    """The layout of each part in a checkpoint's metadata; the first checkpoints had none."""
+    return found.custom_metadata or {part: {} for part in found.metadata}
 
 
 def _members(layout: dict[str, list]) -> dict[str, tuple[int, ...]]:
@@ -302,7 +307,7 @@ class Checkpoints:
         """
         step, parts = self.latest_step, _parts(abstract)
         found = self._checkpointer.checkpointables_metadata(step)
-        stored, layouts = found.metadata, found.custom_metadata
+        stored, layouts = found.metadata, _layouts(found)
         for part, wanted in parts.items():
             saved = {name: tuple(leaf.shape) for name, leaf in stored[part].items()}
             saved = {n: shape for n, shape in saved.items() if n not in layouts[part]}
