@@ -9,6 +9,7 @@ token weights and states. (With `dtype=float64` everything is float64: the parit
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -247,13 +248,44 @@ class Conv(nnx.Module):
         return y + bias.astype(dtype)
 
 
-def _moments(x):
-    mean = x.mean((0, 1, 2))
-    return mean, jnp.square(x - mean).mean((0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def batch_norm(x, scale, bias, epsilon, dtype):
+    """Normalises with the moments of the batch, over all axes but the last.
+
+    Args:
+      x: (..., C).
+      scale, bias: (C,), in the dtype of the computation.
+      epsilon: added to the variance.
+      dtype: of the result.
+
+    Returns:
+      (..., C); and mean and biased variance (C,), which carry no gradient.
+    """
+    return _batch_norm_forward(x, scale, bias, epsilon, dtype)[0]
 
 
-def _affine(x, mean, scale, bias):
-    return (x - mean) * scale + bias
+def _batch_norm_forward(x, scale, bias, epsilon, dtype):
+    axes, wide = tuple(range(x.ndim - 1)), x.astype(scale.dtype)
+    mean = wide.mean(axes)
+    var = jnp.square(wide - mean).mean(axes)
+    y = (wide - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias
+    return (y.astype(dtype), mean, var), (x, mean, var, scale)
+
+
+# Written out, it reads the input twice, for two sums together and for the result; the automatic
+# gradient of the moments makes it five times.
+def _batch_norm_backward(epsilon, dtype, saved, cotangents):
+    x, mean, var, scale = saved
+    axes, dy = tuple(range(x.ndim - 1)), cotangents[0].astype(scale.dtype)
+    rstd = jax.lax.rsqrt(var + epsilon)
+    normed = (x.astype(scale.dtype) - mean) * rstd
+    dbias, dscale = dy.sum(axes), (dy * normed).sum(axes)
+    count = x.size // x.shape[-1]
+    dx = scale * rstd * (dy - dbias / count - normed * (dscale / count))
+    return dx.astype(x.dtype), dscale, dbias
+
+
+batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
 
 
 class BatchNorm(nnx.Module):
@@ -279,17 +311,16 @@ class BatchNorm(nnx.Module):
         return scale, self.bias[...] - self.mean[...] * scale
 
     def __call__(self, x):
-        x = x.astype(self.precision.state)
+        dtype, scale, bias = self.precision.compute, self.scale[...], self.bias[...]
         if self.use_running_average:
-            mean, var = self.mean[...], self.var[...]
-        else:
-            mean, var = _moments(x)
-            count = x.size // x.shape[-1]
-            unbiased = jax.lax.stop_gradient(var) * (count / max(count - 1, 1))
-            self.mean[...] += self.momentum * (jax.lax.stop_gradient(mean) - self.mean[...])
-            self.var[...] += self.momentum * (unbiased - self.var[...])
-        scale = self.scale[...] * jax.lax.rsqrt(var + self.epsilon)
-        return _affine(x, mean, scale, self.bias[...]).astype(self.precision.compute)
+            scale, shift = self.running()
+            return (x.astype(scale.dtype) * scale + shift).astype(dtype)
+        y, mean, var = batch_norm(x, scale, bias, self.epsilon, dtype)
+        count = x.size // x.shape[-1]
+        unbiased = jax.lax.stop_gradient(var) * (count / max(count - 1, 1))
+        self.mean[...] += self.momentum * (jax.lax.stop_gradient(mean) - self.mean[...])
+        self.var[...] += self.momentum * (unbiased - self.var[...])
+        return y
 
 
 class ConvNorm(nnx.Module):
@@ -303,6 +334,15 @@ class ConvNorm(nnx.Module):
         if self.norm.use_running_average:
             return self.conv(x, *self.norm.running())  # no pass over the activations
         return self.norm(self.conv(x))
+
+
+@jax.custom_vjp
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0). Its gradient asks for the result alone: nothing else need be kept."""
+    return jnp.maximum(x, 0)
+
+
+relu.defvjp(lambda x: (relu(x),) * 2, lambda y, dy: (jnp.where(y > 0, dy, 0),))
 
 
 class DepthwiseConv(nnx.Module):
@@ -364,9 +404,9 @@ class ConvStem(nnx.Module):
         self.conv5 = conv(4 * embed_dim, embed_dim, 1)
 
     def __call__(self, images):
-        x = jax.nn.relu(self.conv1(images))
-        x = x + self.conv3(jax.nn.relu(self.conv2(x)))
-        return self.conv5(jax.nn.relu(self.conv4(x)))
+        x = relu(self.conv1(images))
+        x = x + self.conv3(relu(self.conv2(x)))
+        return self.conv5(relu(self.conv4(x)))
 
 
 class PatchStem(nnx.Module):
@@ -379,7 +419,7 @@ class PatchStem(nnx.Module):
         self.norm = LayerNorm(embed_dim, precision=precision)
 
     def __call__(self, images):
-        return self.norm(jax.nn.relu(self.conv1(images)))
+        return self.norm(relu(self.conv1(images)))
 
 
 class ConvDownsample(nnx.Module):
@@ -394,7 +434,7 @@ class ConvDownsample(nnx.Module):
         self.conv3 = ConvNorm(wide, 2 * channels, 1, precision=precision, rngs=rngs)
 
     def __call__(self, x):
-        return self.conv3(self.conv2(jax.nn.relu(self.conv1(x))))
+        return self.conv3(self.conv2(relu(self.conv1(x))))
 
 
 class PatchDownsample(nnx.Module):
@@ -405,7 +445,7 @@ class PatchDownsample(nnx.Module):
         self.norm = LayerNorm(2 * channels, precision=precision)
 
     def __call__(self, x):
-        return self.norm(jax.nn.relu(self.conv1(x)))
+        return self.norm(relu(self.conv1(x)))
 
 
 # --- Mixers -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ nine padded arrays, and because a CPU needs another order of sums for the weight
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,30 @@ from vssd_jax.kernels import dispatch
 ACTIVATIONS = {None: lambda y: y, "silu": jax.nn.silu, "relu": jax.nn.relu}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def gradients(x, dy, kernel, stride):
+    """The gradients of the convolution alone, from that of its result.
+
+    Args:
+      x: (B, H, W, C).
+      dy: (B, ceil(H / stride), ceil(W / stride), C).
+      kernel: (3, 3, C).
+      stride: 1 or 2.
+
+    Returns:
+      Those of `x`, of `kernel` and of the bias, (C,); in float32 at least, but a kernel rounds
+      that of `x` to the dtype of `x`.
+    """
+    dx = _input_gradient(dy, kernel, stride, x.shape)
+    dkernel = jax.lax.platform_dependent(
+        x,
+        dy,
+        cpu=functools.partial(_kernel_gradient_by_rows, stride=stride),
+        default=functools.partial(_kernel_gradient, stride=stride),
+    )
+    return dx, dkernel, dy.astype(_acc(x)).sum((0, 1, 2))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def depthwise_conv(
     x: jax.Array,
     kernel: jax.Array,
@@ -24,8 +48,9 @@ def depthwise_conv(
     stride: int = 1,
     activation: str | None = None,
     residual: bool = False,
+    gradients: Callable = gradients,
 ) -> jax.Array:
-    """See `vssd_jax.kernels.depthwise_conv.api.depthwise_conv`."""
+    """See `vssd_jax.kernels.depthwise_conv.api.depthwise_conv`; `gradients` as in this module."""
     y = ACTIVATIONS[activation](_convolve(x, kernel, bias, stride))
     if residual:
         y = y + x
@@ -33,14 +58,20 @@ def depthwise_conv(
     return jax.lax.optimization_barrier(y.astype(x.dtype))
 
 
-def _forward(x, kernel, bias, stride, activation, residual):
-    return depthwise_conv(x, kernel, bias, stride, activation, residual), (x, kernel, bias)
+def _forward(x, kernel, bias, stride, activation, residual, gradients):
+    if dispatch.target().platform == "gpu":  # its producer writes what is kept, not a copy besides
+        x = jax.lax.optimization_barrier(x)
+    y = depthwise_conv(x, kernel, bias, stride, activation, residual, gradients)
+    tells = activation == "relu" and not residual  # its derivative
+    return y, (x, kernel, bias, y if tells else None)
 
 
-def _backward(stride, activation, residual, saved, dy):
-    x, kernel, bias = saved
+def _backward(stride, activation, residual, gradients, saved, dy):
+    x, kernel, bias, y = saved
     dconv = dy
-    if activation is not None:
+    if y is not None:
+        dconv = jnp.where(y > 0, dy, 0)
+    elif activation is not None:
         # Nine multiply-adds again cost less than keeping the values before the activation. The
         # barrier keeps a GPU's compiler from finding them in the forward pass, in float32.
         again = jax.lax.optimization_barrier(x) if dispatch.target().platform == "gpu" else x
@@ -48,16 +79,11 @@ def _backward(stride, activation, residual, saved, dy):
         (dconv,) = activation_vjp(dy.astype(_acc(x)))
         # All taps of both gradients read it: compute it once.
         dconv = jax.lax.optimization_barrier(dconv.astype(x.dtype))
-    dx = _input_gradient(dconv, kernel, stride, x.shape)
-    if residual:
-        dx = dx + dy
-    dkernel = jax.lax.platform_dependent(
-        x,
-        dconv,
-        cpu=functools.partial(_kernel_gradient_by_rows, stride=stride),
-        default=functools.partial(_kernel_gradient, stride=stride),
-    )
-    dbias = dconv.astype(_acc(x)).sum((0, 1, 2))
+    if residual and activation is None:  # it adds one to the tap in the middle
+        dx, dkernel, dbias = gradients(x, dconv, kernel.at[1, 1].add(1), stride)
+    else:
+        dx, dkernel, dbias = gradients(x, dconv, kernel, stride)
+        dx = dx.astype(_acc(x)) + dy if residual else dx
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype), dbias.astype(bias.dtype)
 
 

@@ -1,0 +1,94 @@
+"""The gradients of the depthwise convolution as one Pallas kernel for NVIDIA GPUs (Triton backend).
+
+XLA reads both arrays again for every two taps of the kernel's gradient. Here a program takes a
+channel block of some pixels of one image and adds up all nine in its registers, while the gradient
+of the input comes from the same values. Programs share nothing but their inputs; XLA adds up
+their sums.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from vssd_jax.kernels import dispatch, tiles
+from vssd_jax.kernels.tiles import f32
+
+PIXELS = 512  # of one program, about: enough programs for the GPU, few sums
+BLOCK, CHANNELS, WARPS = 16, 64, 8  # of one step; four values a thread, ten sums of each
+
+
+def supports(x: jax.Array) -> str | None:
+    """Why this argument is out of reach, or None."""
+    if x.dtype not in tiles.DTYPES:
+        return f"dtype {x.dtype} (it knows float32, bfloat16 and float16)"
+    if x.size >= 2**31:
+        return f"{x.size} elements (below 2^31)"
+    return None
+
+
+def _kernel(x_ref, dy_ref, kernel_ref, dx_ref, sums_ref, *, picture, out_picture, stride, steps):
+    column, part, batch = (pl.program_id(axis) for axis in range(3))
+    channels = tiles.span(column * CHANNELS, CHANNELS, dx_ref.shape[-1])
+    (height, width), (out_height, out_width) = picture, out_picture
+
+    def body(step, sums):
+        token, inside = tiles.span((part * steps + step) * BLOCK, BLOCK, height * width)
+        row, col = jax.lax.div(token, width), jax.lax.rem(token, width)
+        x = tiles.load(x_ref, batch, (token, inside), channels).astype(f32)
+        dx, updated = jnp.zeros_like(x), []
+        for i in range(3):
+            for j in range(3):
+                # The output pixel (y / stride, z / stride) met this one with tap (i, j).
+                y, z = row + (1 - i), col + (1 - j)
+                valid = inside & (y >= 0) & (z >= 0)
+                if stride == 2:
+                    valid &= ((y | z) & 1) == 0
+                    y, z = y >> 1, z >> 1
+                valid &= (y < out_height) & (z < out_width)
+                dy = tiles.load(dy_ref, batch, (y * out_width + z, valid), channels).astype(f32)
+                dx += dy * tiles.load(kernel_ref, i, j, channels)[None, :]
+                updated.append(sums[3 * i + j] + x * dy)
+                if i == j == 1:  # every output pixel lies on one of the input
+                    updated_bias = sums[9] + dy
+        tiles.store(dx_ref, dx, batch, (token, inside), channels)
+        return *updated, updated_bias
+
+    zero = jnp.zeros((BLOCK, CHANNELS), f32)
+    sums = jax.lax.fori_loop(0, steps, body, (zero,) * 10)
+    for place, values in enumerate(sums):
+        tiles.store(sums_ref, jnp.sum(values, axis=0), batch, part, place, channels)
+
+
+def _on_device(x, dy, kernel, *, stride, interpret):
+    batch, height, width, channels = x.shape
+    parts = pl.cdiv(height * width, PIXELS)
+    steps = pl.cdiv(pl.cdiv(height * width, BLOCK), parts)
+    dx, sums = tiles.call(
+        functools.partial(
+            _kernel,
+            picture=(height, width),
+            out_picture=dy.shape[1:3],
+            stride=stride,
+            steps=steps,
+        ),
+        "depthwise_conv_gradient",
+        (pl.cdiv(channels, CHANNELS), parts, batch),
+        (
+            jax.ShapeDtypeStruct((batch, height * width, channels), x.dtype),
+            jax.ShapeDtypeStruct((batch, parts, 10, channels), f32),
+        ),
+        (x.reshape(batch, -1, channels), dy.reshape(batch, -1, channels), kernel.astype(f32)),
+        interpret=interpret,
+        num_warps=WARPS,
+    )
+    return dx.reshape(x.shape), sums
+
+
+def gradients(x, dy, kernel, stride, *, interpret=False):
+    """See `vssd_jax.kernels.depthwise_conv.xla.gradients`. `interpret` runs the kernel on a CPU."""
+    f = functools.partial(_on_device, stride=stride, interpret=interpret)
+    dx, sums = dispatch.over_batch(f, (x, dy), (kernel,))
+    sums = sums.sum((0, 1))
+    return dx, sums[:9].reshape(kernel.shape), sums[9]
