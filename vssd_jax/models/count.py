@@ -10,6 +10,8 @@ from jax.extend import core
 from vssd_jax.models.registry import abstract
 from vssd_jax.models.vssd import VSSD, DepthwiseConv
 
+UNCOUNTED = ("interpolation", "channel_sum")
+
 
 def count_parameters(model: nnx.Module) -> int:
     """The number of trainable values; BatchNorm's statistics are none."""
@@ -22,7 +24,7 @@ def count_multiply_adds(model: nnx.Module, image_size: tuple[int, int]) -> int:
     Counts the matrix products and convolutions of the traced program, and 9 * C for each
     output pixel of a depthwise convolution, which is no convolution in the program. What else
     is multiplied (norms, gates, token weights, interpolation) is left out, as usual; products
-    that interpolate are in a `jax.named_scope("interpolation")`.
+    that interpolate or stand for a sum are in a `jax.named_scope` of `UNCOUNTED`.
 
     Args:
       model: one that `vssd_jax.models.registry.build` makes; its arrays are not used.
@@ -41,10 +43,7 @@ def count_multiply_adds(model: nnx.Module, image_size: tuple[int, int]) -> int:
 def _products(jaxpr) -> int:
     total = 0
     for eqn in jaxpr.eqns:
-        # Norms, whose sums are products on a CPU, and the depthwise convolutions.
-        if eqn.primitive.name == "custom_vjp_call":
-            continue
-        if "interpolation" in str(eqn.source_info.name_stack):
+        if any(scope in str(eqn.source_info.name_stack) for scope in UNCOUNTED):
             continue
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]

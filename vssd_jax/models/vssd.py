@@ -21,6 +21,7 @@ from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
 from vssd_jax.kernels.dispatch import check_name
 from vssd_jax.kernels.layer_norm import layer_norm
+from vssd_jax.kernels.linear import linear
 from vssd_jax.kernels.mixer import nc_ssd_mixer
 from vssd_jax.kernels.mlp import mlp
 from vssd_jax.kernels.norm_linear import norm_linear
@@ -161,35 +162,19 @@ def torch_uniform(fan_in: int):
     return uniform(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
 
-def matmul(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
-    """(..., C) @ (C, D) -> (..., D), `options` as those of `jnp.matmul`.
+class Linear(nnx.Module):
+    """(..., inputs) -> (..., outputs); weights of standard deviation 0.02, zero biases."""
 
-    As one matrix of rows: the gradient of `kernel` contracts all leading axes, and over more than
-    one of them XLA's CPU compiler transposes an activation, at the cost of the product itself.
-    """
-    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, **options)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+    def __init__(self, inputs: int, outputs: int, *, use_bias: bool = True, precision, rngs):
+        # The recipe truncates at +-2, a hundred standard deviations: plain normal.
+        kernel = normal(0.02)(rngs.params(), (inputs, outputs), precision.state)
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros((outputs,), precision.state)) if use_bias else None
+        self.precision = precision
 
-
-def _dot_general(x, kernel, dimension_numbers, **options):
-    """`matmul` as `nnx.Linear` calls it."""
-    del dimension_numbers  # of the last axis of x with the first of the kernel
-    return matmul(x, kernel, **options)
-
-
-def linear(inputs: int, outputs: int, *, use_bias: bool = True, precision: Precision, rngs):
-    """A linear layer with weights of standard deviation 0.02 and zero biases."""
-    # The recipe truncates at +-2, a hundred standard deviations: plain normal.
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=use_bias,
-        kernel_init=normal(0.02),
-        dtype=precision.compute,
-        param_dtype=precision.state,
-        dot_general=_dot_general,
-        rngs=rngs,
-    )
+    def __call__(self, x):
+        bias = None if self.bias is None else self.bias[...]
+        return linear(x.astype(self.precision.compute), self.kernel[...], bias)
 
 
 class LayerNorm(nnx.Module):
@@ -211,14 +196,24 @@ class Conv(nnx.Module):
     """
 
     def __init__(
-        self, inputs, outputs, size, *, stride=1, padding=None, use_bias=True, precision, rngs
+        self,
+        inputs,
+        outputs,
+        size,
+        *,
+        stride=1,
+        padding=None,
+        use_bias=True,
+        relu=False,
+        precision,
+        rngs,
     ):
         init = torch_uniform(size * size * inputs)
         shape = (size, size, inputs, outputs)
         self.kernel = nnx.Param(init(rngs.params(), shape, precision.state))
         bias = init(rngs.params(), (outputs,), precision.state) if use_bias else None
         self.bias = None if bias is None else nnx.Param(bias)
-        self.stride = stride
+        self.stride, self.relu = stride, relu
         self.padding = size // 2 if padding is None else padding
         self.precision = precision
 
@@ -230,22 +225,22 @@ class Conv(nnx.Module):
         if scale is not None:
             kernel = kernel * scale
             bias = shift if bias is None else bias * scale + shift
-        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        x = x.astype(dtype)
         if kernel.shape[:2] == (1, 1) and self.stride == 1:
-            y = matmul(x, kernel[0, 0])
+            if scale is None:
+                return linear(x, kernel[0, 0], bias, self.relu)
+            y = linear(x, kernel[0, 0])  # XLA does not make one kernel of product and shift
         else:
             y = jax.lax.conv_general_dilated(
                 x,
-                kernel,
+                kernel.astype(dtype),
                 (self.stride, self.stride),
                 [(self.padding, self.padding)] * 2,
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )
-        if bias is None:
-            return y
-        if scale is not None:  # a rounded shift would move all pixels alike, which adds up
-            return (y.astype(bias.dtype) + bias).astype(dtype)
-        return y + bias.astype(dtype)
+        if bias is not None:  # wide: a rounded shift would move all pixels alike, which adds up
+            y = (y.astype(bias.dtype) + bias).astype(dtype)
+        return relu(y) if self.relu else y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -427,25 +422,26 @@ class ConvDownsample(nnx.Module):
 
     def __init__(self, channels, *, precision, rngs):
         wide = 8 * channels
-        self.conv1 = Conv(channels, wide, 1, precision=precision, rngs=rngs)
+        self.conv1 = Conv(channels, wide, 1, relu=True, precision=precision, rngs=rngs)
         self.conv2 = DepthwiseConv(
             wide, stride=2, activation="relu", precision=precision, rngs=rngs
         )
         self.conv3 = ConvNorm(wide, 2 * channels, 1, precision=precision, rngs=rngs)
 
     def __call__(self, x):
-        return self.conv3(self.conv2(relu(self.conv1(x))))
+        return self.conv3(self.conv2(self.conv1(x)))
 
 
 class PatchDownsample(nnx.Module):
     """The ablation's downsampling: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
 
     def __init__(self, channels, *, precision, rngs):
-        self.conv1 = Conv(channels, 2 * channels, 3, stride=2, precision=precision, rngs=rngs)
+        options = {"precision": precision, "rngs": rngs}
+        self.conv1 = Conv(channels, 2 * channels, 3, stride=2, relu=True, **options)
         self.norm = LayerNorm(2 * channels, precision=precision)
 
     def __call__(self, x):
-        return self.norm(relu(self.conv1(x)))
+        return self.norm(self.conv1(x))
 
 
 # --- Mixers -----------------------------------------------------------------------------------
@@ -465,7 +461,7 @@ class SSDMixer(nnx.Module):
         self.sizes = (inner, inner + 2 * state, heads)  # z, x|B|C, dt
         self.groups, self.kind, self.sign = config.ngroups, kind, config.token_weight_sign
         self.implementation, self.precision = implementation, precision
-        self.in_proj = linear(
+        self.in_proj = Linear(
             channels, sum(self.sizes), use_bias=False, precision=precision, rngs=rngs
         )
         self.conv = DepthwiseConv(
@@ -478,7 +474,7 @@ class SSDMixer(nnx.Module):
         self.A_log = nnx.Param(jnp.log(a))
         self.D = nnx.Param(jnp.ones((heads,), precision.state))
         self.norm = LayerNorm(inner, precision=precision)
-        self.out_proj = linear(inner, channels, use_bias=False, precision=precision, rngs=rngs)
+        self.out_proj = Linear(inner, channels, use_bias=False, precision=precision, rngs=rngs)
 
     def __call__(self, x, norm, weights):
         # dt is wide because softplus is.
@@ -527,8 +523,8 @@ class AttentionMixer(nnx.Module):
         self.heads = heads
         # The other names force NC-SSD's kernels; attention has none for every length.
         self.implementation = "xla" if implementation == "xla" else None
-        self.qkv = linear(channels, 3 * channels, use_bias=False, precision=precision, rngs=rngs)
-        self.out = linear(channels, channels, precision=precision, rngs=rngs)
+        self.qkv = Linear(channels, 3 * channels, use_bias=False, precision=precision, rngs=rngs)
+        self.out = Linear(channels, channels, precision=precision, rngs=rngs)
 
     def __call__(self, x, norm, weights):
         batch, height, width, channels = x.shape
@@ -546,8 +542,8 @@ class MLP(nnx.Module):
     def __init__(self, channels, *, implementation, precision, rngs):
         # The other names force NC-SSD's kernels; the MLP has none for every width.
         self.implementation = "xla" if implementation == "xla" else None
-        self.fc1 = linear(channels, 4 * channels, precision=precision, rngs=rngs)
-        self.fc2 = linear(4 * channels, channels, precision=precision, rngs=rngs)
+        self.fc1 = Linear(channels, 4 * channels, precision=precision, rngs=rngs)
+        self.fc2 = Linear(4 * channels, channels, precision=precision, rngs=rngs)
 
     def __call__(self, x, norm, weights):
         return mlp(
@@ -663,7 +659,7 @@ class VSSD(nnx.Module):
             self.out_norms = nnx.List([LayerNorm(width, precision=precision) for width in widths])
         else:
             self.norm = LayerNorm(widths[-1], precision=precision)
-            self.head = linear(widths[-1], num_classes, **options)
+            self.head = Linear(widths[-1], num_classes, **options)
 
     def feature_maps(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
         """The outputs of the four stages, normalised if this is a backbone.

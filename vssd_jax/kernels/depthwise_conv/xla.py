@@ -59,8 +59,7 @@ def depthwise_conv(
 
 
 def _forward(x, kernel, bias, stride, activation, residual, gradients):
-    if dispatch.target().platform == "gpu":  # its producer writes what is kept, not a copy besides
-        x = jax.lax.optimization_barrier(x)
+    x = _written(x)  # not a copy for the gradient besides
     y = depthwise_conv(x, kernel, bias, stride, activation, residual, gradients)
     tells = activation == "relu" and not residual  # its derivative
     return y, (x, kernel, bias, y if tells else None)
@@ -72,10 +71,10 @@ def _backward(stride, activation, residual, gradients, saved, dy):
     if y is not None:
         dconv = jnp.where(y > 0, dy, 0)
     elif activation is not None:
-        # Nine multiply-adds again cost less than keeping the values before the activation. The
-        # barrier keeps a GPU's compiler from finding them in the forward pass, in float32.
-        again = jax.lax.optimization_barrier(x) if dispatch.target().platform == "gpu" else x
-        _, activation_vjp = jax.vjp(ACTIVATIONS[activation], _convolve(again, kernel, bias, stride))
+        # Nine multiply-adds again cost less than keeping the values before the activation; the
+        # compiler must not find them in the forward pass, in float32.
+        again = _convolve(_written(x), kernel, bias, stride)
+        _, activation_vjp = jax.vjp(ACTIVATIONS[activation], again)
         (dconv,) = activation_vjp(dy.astype(_acc(x)))
         # All taps of both gradients read it: compute it once.
         dconv = jax.lax.optimization_barrier(dconv.astype(x.dtype))
@@ -88,6 +87,11 @@ def _backward(stride, activation, residual, gradients, saved, dy):
 
 
 depthwise_conv.defvjp(_forward, _backward)
+
+
+def _written(x):
+    """`x`, which a GPU writes to its memory as it is, and computes in no other kernel."""
+    return jax.lax.optimization_barrier(x) if dispatch.target().platform == "gpu" else x
 
 
 def _acc(x):

@@ -50,6 +50,7 @@ def _backward(epsilon, saved, dy):
 layer_norm.defvjp(_forward, _backward)
 
 
+@jax.named_scope("channel_sum")
 def _sum_channels(x, weights):
     """The sum of x * weights over C: (..., C), (C,) -> (..., 1)."""
     y = x.reshape(-1, x.shape[-1]) @ weights[:, None]

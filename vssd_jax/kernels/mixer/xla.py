@@ -1,6 +1,7 @@
 """The NC-SSD mixer after its input projection, put together from the other operations."""
 
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
+from vssd_jax.kernels.linear import linear
 from vssd_jax.kernels.nc_ssd import nc_ssd_gated
 from vssd_jax.kernels.residual import add_branch
 
@@ -24,5 +25,5 @@ def nc_ssd_mixer(
         epsilon=epsilon,
         implementation=implementation,
     )
-    branch = y.reshape(-1, y.shape[-1]) @ out_kernel.astype(y.dtype)
-    return add_branch(x, branch.reshape(x.shape), branch_weights)
+    y = y.reshape(*x.shape[:-1], -1)
+    return add_branch(x, linear(y, out_kernel), branch_weights)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from vssd_jax.kernels.layer_norm import layer_norm
+from vssd_jax.kernels.linear import linear
 from vssd_jax.kernels.residual import add_branch
 
 
@@ -17,8 +18,6 @@ def gelu(x):
 def mlp(x, branch_weights, scale, bias, w1, b1, w2, b2, *, epsilon):
     """See `vssd_jax.kernels.mlp.api.mlp`."""
     acc = jnp.promote_types(x.dtype, jnp.float32)
-    w1, b1, w2, b2 = (t.astype(x.dtype) for t in (w1, b1, w2, b2))
-    # Rows: over more leading axes, the weights' gradient transposes an activation on a CPU.
-    rows = layer_norm(x, scale, bias, epsilon=epsilon).reshape(-1, x.shape[-1])
-    hidden = gelu((rows @ w1 + b1).astype(acc)).astype(x.dtype)
-    return add_branch(x, (hidden @ w2 + b2).reshape(x.shape), branch_weights)
+    hidden = linear(layer_norm(x, scale, bias, epsilon=epsilon), w1, b1)
+    hidden = gelu(hidden.astype(acc)).astype(x.dtype)
+    return add_branch(x, linear(hidden, w2, b2), branch_weights)
