@@ -1,26 +1,38 @@
 """The depthwise convolution and its gradient against XLA's grouped convolution in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import triton as plgpu
 
-from vssd_jax.kernels.depthwise_conv import depthwise_conv
+from tests.kernels.poison import poisoned
+from vssd_jax.errors import UserError
+from vssd_jax.kernels import tiles
+from vssd_jax.kernels.depthwise_conv import depthwise_conv, pallas, xla
 
 CASES = [
-    # (B, H, W, C), stride, activation, residual
-    ((2, 6, 5, 4), 1, None, True),
-    ((2, 5, 7, 3), 1, "silu", False),
-    ((1, 1, 1, 3), 1, "silu", True),
-    ((2, 6, 8, 4), 2, "relu", False),
-    ((2, 7, 5, 3), 2, "silu", False),
-    ((1, 1, 2, 2), 2, None, False),
+    # (B, H, W, C), stride, activation, residual, relu_input
+    ((2, 6, 5, 4), 1, None, True, False),
+    ((2, 5, 7, 3), 1, "silu", False, False),
+    ((1, 1, 1, 3), 1, "silu", True, False),
+    ((1, 4, 3, 2), 1, "relu", True, False),
+    ((2, 6, 8, 4), 2, "relu", False, True),
+    ((2, 7, 5, 3), 2, "silu", False, True),
+    ((1, 1, 2, 2), 2, None, False, False),
+]
+KERNEL_CASES = [
+    *CASES,
+    ((2, 24, 23, 65), 1, "silu", False, False),  # tails of pixels and of channels, two parts
+    ((1, 33, 31, 130), 2, "relu", False, True),
 ]
 
 
-def reference(x, kernel, bias, stride, activation, residual):
+def reference(x, kernel, bias, stride, activation, residual, relu_input):
     y = jax.lax.conv_general_dilated(
-        x,
+        jnp.maximum(x, 0) if relu_input else x,
         kernel[:, :, None],
         (stride, stride),
         [(1, 1), (1, 1)],
@@ -51,17 +63,19 @@ def x64():
         yield
 
 
-@pytest.mark.parametrize(("shape", "stride", "activation", "residual"), CASES)
-def test_float64(x64, shape, stride, activation, residual):
-    x, kernel, bias, dy = map(jnp.asarray, inputs(shape, stride))
-    expected = value_and_gradients(
-        lambda *a: reference(*a, stride, activation, residual), x, kernel, bias, dy
-    )
+def of_case(stride, activation, residual, relu_input):
+    """Our function and the reference for the options of a case."""
+    names = ("stride", "activation", "residual", "relu_input")
+    options = dict(zip(names, (stride, activation, residual, relu_input), strict=True))
+    return functools.partial(depthwise_conv, **options), functools.partial(reference, **options)
 
-    def ours(x, kernel, bias):
-        return depthwise_conv(
-            x, kernel, bias, stride=stride, activation=activation, residual=residual
-        )
+
+@pytest.mark.parametrize("case", CASES)
+def test_float64(x64, case):
+    shape, *options = case
+    x, kernel, bias, dy = map(jnp.asarray, inputs(shape, options[0]))
+    ours, formula = of_case(*options)
+    expected = value_and_gradients(formula, x, kernel, bias, dy)
 
     for wrap in (lambda f: f, jax.jit, jax.checkpoint):
         actual = value_and_gradients(wrap(ours), x, kernel, bias, dy)
@@ -73,15 +87,17 @@ def test_float64(x64, shape, stride, activation, residual):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_narrow_types_accumulate_in_float32(x64, dtype, stride):
-    x, kernel, bias, dy = inputs((2, 9, 9, 8), stride)
+    compare_narrow(*of_case(stride, "silu", False, False), (2, 9, 9, 8), stride, dtype)
+
+
+def compare_narrow(ours, formula, shape, stride, dtype):
+    x, kernel, bias, dy = inputs(shape, stride)
     # The same rounded inputs for both: what remains is the arithmetic and the final rounding.
     x, dy = (jnp.asarray(a, dtype) for a in (x, dy))
     kernel, bias = (jnp.asarray(a, jnp.float32) for a in (kernel, bias))
     wide = [a.astype(jnp.float64) for a in (x, kernel, bias, dy)]
-    expected = value_and_gradients(lambda *a: reference(*a, stride, "silu", False), *wide)
-    actual = value_and_gradients(
-        lambda *a: depthwise_conv(*a, stride=stride, activation="silu"), x, kernel, bias, dy
-    )
+    expected = value_and_gradients(formula, *wide)
+    actual = value_and_gradients(ours, x, kernel, bias, dy)
     assert [a.dtype for a in actual] == [dtype, dtype, jnp.float32, jnp.float32]
     # One rounding of each value, and in the gradients one of the activation's derivative.
     tolerance = 4 * float(jnp.finfo(dtype).eps)
@@ -90,9 +106,56 @@ def test_narrow_types_accumulate_in_float32(x64, dtype, stride):
         np.testing.assert_allclose(a.astype(jnp.float64), b, atol=tolerance * scale, rtol=0)
 
 
-def test_both_orders_of_the_kernel_gradient_agree(x64):
-    from vssd_jax.kernels.depthwise_conv import xla
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, jnp.float32) for case in KERNEL_CASES]
+    + [(KERNEL_CASES[0], jnp.bfloat16), (KERNEL_CASES[-1], jnp.float16)],
+)
+def test_the_kernel(x64, case, dtype, monkeypatch):
+    monkeypatch.setattr(tiles, "plgpu", poisoned(plgpu))
+    shape, stride, *options = case
+    _, formula = of_case(stride, *options)
+    interpreted = functools.partial(pallas.gradients, interpret=True)
 
+    def ours(x, kernel, bias):
+        return xla.depthwise_conv(x, kernel, bias, stride, *options, interpreted)
+
+    compare_narrow(ours, formula, shape, stride, dtype)
+
+
+def test_the_kernel_under_vmap_and_checkpoint(x64):
+    x, kernel, bias, dy = (jnp.asarray(a, jnp.float32) for a in inputs((2, 5, 4, 3), 1))
+    interpreted = functools.partial(pallas.gradients, interpret=True)
+
+    def f(x):
+        return xla.depthwise_conv(x, kernel, bias, 1, "silu", False, False, interpreted)
+
+    expected = jax.vjp(f, x)[1](dy)[0]
+    np.testing.assert_array_equal(jax.vjp(jax.checkpoint(f), x)[1](dy)[0], expected)
+    each = jax.vmap(lambda x, dy: jax.vjp(f, x)[1](dy)[0])(jnp.stack([x, x]), jnp.stack([dy, -dy]))
+    np.testing.assert_allclose(each, jnp.stack([expected, -expected]), rtol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *KERNEL_CASES,
+        ((4, 56, 56, 256), 1, "silu", False, False),
+        ((4, 56, 56, 64), 1, None, True, False),
+        ((4, 56, 56, 512), 2, "relu", False, True),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_gpu(x64, case, implementation, dtype):
+    shape, stride, *options = case
+    ours, formula = of_case(stride, *options)
+    ours = functools.partial(ours, implementation=implementation)
+    compare_narrow(ours, formula, shape, stride, dtype)
+
+
+def test_both_orders_of_the_kernel_gradient_agree(x64):
     for stride in (1, 2):
         x, _, _, dy = map(jnp.asarray, inputs((3, 7, 6, 5), stride))
         a = xla._kernel_gradient(x, dy, stride=stride)
@@ -122,5 +185,10 @@ def test_wrong_options():
     x, kernel, bias, _ = inputs((1, 4, 4, 2), 1, np.float32)
     with pytest.raises(ValueError, match="stride 2"):
         depthwise_conv(x, kernel, bias, stride=2, residual=True)
+    with pytest.raises(ValueError, match="no ReLU"):
+        depthwise_conv(x, kernel, bias, residual=True, relu_input=True)
+    with pytest.raises(UserError, match="no such kernel"):
+        depthwise_conv(x, kernel, bias, implementation="triton")
+    assert "float64" in pallas.supports(np.zeros((1, 2, 2, 1)))
     with pytest.raises(ValueError, match="unknown activation 'gelu'"):
         depthwise_conv(x, kernel, bias, activation="gelu")

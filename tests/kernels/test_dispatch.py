@@ -131,6 +131,28 @@ with jax.set_mesh(mesh):
     compiled = f.lower(x, *weights).compile()
 assert "all-gather" not in compiled.as_text(), "gathered"
 assert compiled.output_shardings.spec == P("data")
+
+from vssd_jax.kernels.depthwise_conv import pallas as conv_pallas, xla as conv
+from vssd_jax.kernels.layer_norm import pallas as norm
+
+def gradients(x, kernel, bias):
+    interpreted = functools.partial(conv_pallas.gradients, interpret=True)
+    def f(x, kernel, bias):
+        y = conv.depthwise_conv(x, kernel, bias, 1, "silu", False, False, interpreted)
+        return jnp.sin(norm.layer_norm(y, bias, bias, x, 1e-5, interpret=True)).sum()
+    return jax.grad(f, argnums=range(3))(x, kernel, bias)
+
+key = jax.random.key(0)
+values = [jax.random.normal(key, s) for s in [(8, 5, 4, 6), (3, 3, 6), (6,)]]
+expected = jax.jit(gradients)(*values)
+placed = [jax.device_put(v, NamedSharding(mesh, P("data") if v.ndim > 3 else P())) for v in values]
+with jax.set_mesh(mesh):
+    compiled = jax.jit(gradients).lower(*placed).compile()
+assert "all-gather" not in compiled.as_text(), "gathered"
+assert "all-reduce" in compiled.as_text()
+assert compiled.output_shardings[0].spec == P("data")
+for x, y in zip(compiled(*placed), expected):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * float(jnp.abs(y).max()))
 """
 
 

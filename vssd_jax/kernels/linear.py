@@ -1,27 +1,22 @@
-"""A linear layer whose bias and activation are added before the result is rounded.
+"""A linear layer whose bias is added before the result is rounded.
 
 XLA makes one kernel of the product and what follows only in the accumulator's dtype; a bias that
 is added after the rounding costs another trip through the memory. The gradient is written out so
 that its products stay in the narrow dtype.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def linear(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, relu: bool = False
-) -> jax.Array:
+@jax.custom_vjp
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """`x kernel + bias`.
 
     Args:
       x: (..., C).
       kernel: (C, D); rounded to the dtype of `x`.
       bias: (D,) or None.
-      relu: whether negative values become 0.
 
     Returns:
       (..., D) in the dtype of `x`; accumulated in float32 at least.
@@ -30,20 +25,16 @@ def linear(
     y = jnp.matmul(_rows(x), kernel.astype(x.dtype), preferred_element_type=acc)
     if bias is not None:
         y = y + bias.astype(acc)
-    if relu:
-        y = jnp.maximum(y, 0)
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-def _forward(x, kernel, bias, relu):
-    y = linear(x, kernel, bias, relu)
-    return y, (x, kernel, bias, y if relu else None)  # its sign tells the derivative
+def _forward(x, kernel, bias):
+    return linear(x, kernel, bias), (x, kernel, bias)
 
 
-def _backward(relu, saved, dy):
-    x, kernel, bias, y = saved
-    acc = jnp.promote_types(x.dtype, jnp.float32)
-    dy = _rows(jnp.where(y > 0, dy, 0) if relu else dy)
+def _backward(saved, dy):
+    x, kernel, bias = saved
+    acc, dy = jnp.promote_types(x.dtype, jnp.float32), _rows(dy)
     dx = jnp.matmul(dy, kernel.astype(x.dtype).T).reshape(x.shape)
     dkernel = jnp.matmul(_rows(x).T, dy, preferred_element_type=acc).astype(kernel.dtype)
     # Not of the widened dy, which XLA would write as well; it adds up in float32 all the same.

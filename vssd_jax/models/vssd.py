@@ -180,13 +180,19 @@ class Linear(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer normalisation over the channels: (..., C) -> (..., C)."""
 
-    def __init__(self, channels, *, precision):
+    def __init__(self, channels, *, implementation=None, precision):
         self.scale = nnx.Param(jnp.ones((channels,), precision.state))
         self.bias = nnx.Param(jnp.zeros((channels,), precision.state))
-        self.epsilon = 1e-5
+        self.epsilon, self.implementation = 1e-5, implementation
 
     def __call__(self, x):
-        return layer_norm(x, self.scale[...], self.bias[...], epsilon=self.epsilon)
+        return layer_norm(
+            x,
+            self.scale[...],
+            self.bias[...],
+            epsilon=self.epsilon,
+            implementation=self.implementation,
+        )
 
 
 class Conv(nnx.Module):
@@ -196,24 +202,14 @@ class Conv(nnx.Module):
     """
 
     def __init__(
-        self,
-        inputs,
-        outputs,
-        size,
-        *,
-        stride=1,
-        padding=None,
-        use_bias=True,
-        relu=False,
-        precision,
-        rngs,
+        self, inputs, outputs, size, *, stride=1, padding=None, use_bias=True, precision, rngs
     ):
         init = torch_uniform(size * size * inputs)
         shape = (size, size, inputs, outputs)
         self.kernel = nnx.Param(init(rngs.params(), shape, precision.state))
         bias = init(rngs.params(), (outputs,), precision.state) if use_bias else None
         self.bias = None if bias is None else nnx.Param(bias)
-        self.stride, self.relu = stride, relu
+        self.stride = stride
         self.padding = size // 2 if padding is None else padding
         self.precision = precision
 
@@ -228,7 +224,7 @@ class Conv(nnx.Module):
         x = x.astype(dtype)
         if kernel.shape[:2] == (1, 1) and self.stride == 1:
             if scale is None:
-                return linear(x, kernel[0, 0], bias, self.relu)
+                return linear(x, kernel[0, 0], bias)
             y = linear(x, kernel[0, 0])  # XLA does not make one kernel of product and shift
         else:
             y = jax.lax.conv_general_dilated(
@@ -240,7 +236,7 @@ class Conv(nnx.Module):
             )
         if bias is not None:  # wide: a rounded shift would move all pixels alike, which adds up
             y = (y.astype(bias.dtype) + bias).astype(dtype)
-        return relu(y) if self.relu else y
+        return y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -341,23 +337,20 @@ relu.defvjp(lambda x: (relu(x),) * 2, lambda y, dy: (jnp.where(y > 0, dy, 0),))
 
 
 class DepthwiseConv(nnx.Module):
-    """3x3 depthwise convolution with bias: (B, H, W, C) -> (B, ceil(H/s), ceil(W/s), C)."""
+    """3x3 depthwise convolution with bias: (B, H, W, C) -> (B, ceil(H/s), ceil(W/s), C).
 
-    def __init__(self, channels, *, stride=1, activation=None, residual=False, precision, rngs):
+    `options` are those of `vssd_jax.kernels.depthwise_conv.depthwise_conv`.
+    """
+
+    def __init__(self, channels, *, stride=1, precision, rngs, **options):
         init = torch_uniform(9)
         self.kernel = nnx.Param(init(rngs.params(), (3, 3, channels), precision.state))
         self.bias = nnx.Param(init(rngs.params(), (channels,), precision.state))
-        self.stride, self.activation, self.residual = stride, activation, residual
+        self.stride, self.options = stride, options
 
     def __call__(self, x):
-        return depthwise_conv(
-            x,
-            self.kernel[...],
-            self.bias[...],
-            stride=self.stride,
-            activation=self.activation,
-            residual=self.residual,
-        )
+        kernel, bias = self.kernel[...], self.bias[...]
+        return depthwise_conv(x, kernel, bias, stride=self.stride, **self.options)
 
 
 class DropPath(nnx.Module):
@@ -385,7 +378,9 @@ class DropPath(nnx.Module):
 class ConvStem(nnx.Module):
     """Overlapping stem: (B, H, W, 3) -> (B, ceil(H/4), ceil(W/4), E)."""
 
-    def __init__(self, embed_dim, *, precision, rngs):
+    def __init__(self, embed_dim, *, implementation, precision, rngs):
+        del implementation  # it has one only
+
         def conv(inputs, outputs, size, stride=1):
             return ConvNorm(
                 inputs, outputs, size, stride=stride, use_bias=False, precision=precision, rngs=rngs
@@ -407,11 +402,11 @@ class ConvStem(nnx.Module):
 class PatchStem(nnx.Module):
     """The ablation's stem, 4x4 patches: (B, H, W, 3) -> (B, H // 4, W // 4, E)."""
 
-    def __init__(self, embed_dim, *, precision, rngs):
+    def __init__(self, embed_dim, *, implementation, precision, rngs):
         self.conv1 = ConvNorm(
             3, embed_dim, 4, stride=4, padding=0, use_bias=False, precision=precision, rngs=rngs
         )
-        self.norm = LayerNorm(embed_dim, precision=precision)
+        self.norm = LayerNorm(embed_dim, implementation=implementation, precision=precision)
 
     def __call__(self, images):
         return self.norm(relu(self.conv1(images)))
@@ -420,11 +415,17 @@ class PatchStem(nnx.Module):
 class ConvDownsample(nnx.Module):
     """Inverted bottleneck: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
 
-    def __init__(self, channels, *, precision, rngs):
+    def __init__(self, channels, *, implementation, precision, rngs):
         wide = 8 * channels
-        self.conv1 = Conv(channels, wide, 1, relu=True, precision=precision, rngs=rngs)
+        self.conv1 = Conv(channels, wide, 1, precision=precision, rngs=rngs)
         self.conv2 = DepthwiseConv(
-            wide, stride=2, activation="relu", precision=precision, rngs=rngs
+            wide,
+            stride=2,
+            relu_input=True,
+            activation="relu",
+            implementation=implementation,
+            precision=precision,
+            rngs=rngs,
         )
         self.conv3 = ConvNorm(wide, 2 * channels, 1, precision=precision, rngs=rngs)
 
@@ -435,13 +436,20 @@ class ConvDownsample(nnx.Module):
 class PatchDownsample(nnx.Module):
     """The ablation's downsampling: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
 
-    def __init__(self, channels, *, precision, rngs):
-        options = {"precision": precision, "rngs": rngs}
-        self.conv1 = Conv(channels, 2 * channels, 3, stride=2, relu=True, **options)
-        self.norm = LayerNorm(2 * channels, precision=precision)
+    def __init__(self, channels, *, implementation, precision, rngs):
+        self.conv1 = Conv(channels, 2 * channels, 3, stride=2, precision=precision, rngs=rngs)
+        self.norm = LayerNorm(2 * channels, implementation=implementation, precision=precision)
 
     def __call__(self, x):
-        return self.norm(self.conv1(x))
+        return self.norm(relu(self.conv1(x)))
+
+
+def of_other_kernels(implementation: str | None) -> str | None:
+    """What a network's `implementation` means for all operations but NC-SSD.
+
+    "pallas" and "triton" force NC-SSD's kernels; the others have none for every size.
+    """
+    return "xla" if implementation == "xla" else None
 
 
 # --- Mixers -----------------------------------------------------------------------------------
@@ -461,11 +469,16 @@ class SSDMixer(nnx.Module):
         self.sizes = (inner, inner + 2 * state, heads)  # z, x|B|C, dt
         self.groups, self.kind, self.sign = config.ngroups, kind, config.token_weight_sign
         self.implementation, self.precision = implementation, precision
+        other = of_other_kernels(implementation)
         self.in_proj = Linear(
             channels, sum(self.sizes), use_bias=False, precision=precision, rngs=rngs
         )
         self.conv = DepthwiseConv(
-            inner + 2 * state, activation="silu", precision=precision, rngs=rngs
+            inner + 2 * state,
+            activation="silu",
+            implementation=other,
+            precision=precision,
+            rngs=rngs,
         )
         log_dt = uniform(math.log(1e-3), math.log(1e-1))
         dt = jnp.maximum(jnp.exp(log_dt(rngs.params(), (heads,), precision.state)), 1e-4)
@@ -473,7 +486,7 @@ class SSDMixer(nnx.Module):
         a = uniform(1.0, 16.0)(rngs.params(), (heads,), precision.state)
         self.A_log = nnx.Param(jnp.log(a))
         self.D = nnx.Param(jnp.ones((heads,), precision.state))
-        self.norm = LayerNorm(inner, precision=precision)
+        self.norm = LayerNorm(inner, implementation=other, precision=precision)
         self.out_proj = Linear(inner, channels, use_bias=False, precision=precision, rngs=rngs)
 
     def __call__(self, x, norm, weights):
@@ -486,7 +499,7 @@ class SSDMixer(nnx.Module):
             widths=self.sizes,
             dtypes=(x.dtype, x.dtype, self.precision.state),
             epsilon=norm.epsilon,
-            implementation="xla" if self.implementation == "xla" else None,
+            implementation=of_other_kernels(self.implementation),
         )
         dt = jax.nn.softplus(dt + self.dt_bias[...])
         a, d = jnp.exp(self.A_log[...]), self.D[...]
@@ -521,8 +534,7 @@ class AttentionMixer(nnx.Module):
 
     def __init__(self, channels, heads, *, implementation, precision, rngs):
         self.heads = heads
-        # The other names force NC-SSD's kernels; attention has none for every length.
-        self.implementation = "xla" if implementation == "xla" else None
+        self.implementation = of_other_kernels(implementation)
         self.qkv = Linear(channels, 3 * channels, use_bias=False, precision=precision, rngs=rngs)
         self.out = Linear(channels, channels, precision=precision, rngs=rngs)
 
@@ -540,8 +552,7 @@ class MLP(nnx.Module):
     """
 
     def __init__(self, channels, *, implementation, precision, rngs):
-        # The other names force NC-SSD's kernels; the MLP has none for every width.
-        self.implementation = "xla" if implementation == "xla" else None
+        self.implementation = of_other_kernels(implementation)
         self.fc1 = Linear(channels, 4 * channels, precision=precision, rngs=rngs)
         self.fc2 = Linear(4 * channels, channels, precision=precision, rngs=rngs)
 
@@ -571,17 +582,17 @@ class Block(nnx.Module):
     ):
         channels, heads = config.embed_dim * 2**stage, config.num_heads[stage]
         kind = config.mixers[stage]
-        options = {"precision": precision, "rngs": rngs}
-        self.cpe1 = DepthwiseConv(channels, residual=True, **options)
-        self.norm1 = LayerNorm(channels, precision=precision)
-        mixer_options = options | {"implementation": implementation}
+        other = {"implementation": of_other_kernels(implementation), "precision": precision}
+        options = {"implementation": implementation, "precision": precision, "rngs": rngs}
+        self.cpe1 = DepthwiseConv(channels, residual=True, **other, rngs=rngs)
+        self.norm1 = LayerNorm(channels, **other)
         if kind == "attention":
-            self.mixer = AttentionMixer(channels, heads, **mixer_options)
+            self.mixer = AttentionMixer(channels, heads, **options)
         else:
-            self.mixer = SSDMixer(config, channels, heads, kind=kind, **mixer_options)
-        self.cpe2 = DepthwiseConv(channels, residual=True, **options)
-        self.norm2 = LayerNorm(channels, precision=precision)
-        self.mlp = MLP(channels, **mixer_options)
+            self.mixer = SSDMixer(config, channels, heads, kind=kind, **options)
+        self.cpe2 = DepthwiseConv(channels, residual=True, **other, rngs=rngs)
+        self.norm2 = LayerNorm(channels, **other)
+        self.mlp = MLP(channels, **options)
         self.drop_path = DropPath(drop_path)
 
     def __call__(self, x, rngs=None):
@@ -601,7 +612,8 @@ class Stage(nnx.Module):
         self.deterministic = False
         make = {"conv": ConvDownsample, "patch": PatchDownsample}[config.downsample]
         channels = config.embed_dim * 2**stage
-        self.downsample = make(channels, precision=precision, rngs=rngs) if stage < 3 else None
+        options["implementation"] = of_other_kernels(implementation)
+        self.downsample = make(channels, **options) if stage < 3 else None
 
     def __call__(self, x, rngs=None):
         """Returns the output of the last block; `downsample` is left to the caller."""
@@ -635,10 +647,11 @@ class VSSD(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_name(implementation)
-        precision = Precision(jnp.dtype(dtype))
+        precision, other = Precision(jnp.dtype(dtype)), of_other_kernels(implementation)
         options = {"precision": precision, "rngs": rngs}
         self.config, self.num_classes, self.precision = config, num_classes, precision
-        self.stem = {"conv": ConvStem, "patch": PatchStem}[config.stem](config.embed_dim, **options)
+        stem = {"conv": ConvStem, "patch": PatchStem}[config.stem]
+        self.stem = stem(config.embed_dim, implementation=other, **options)
         rates = np.linspace(0, config.drop_path, sum(config.depths)).tolist()
         self.stages = nnx.List()
         for stage, depth in enumerate(config.depths):
@@ -656,9 +669,10 @@ class VSSD(nnx.Module):
             )
         widths = [config.embed_dim * 2**stage for stage in range(4)]
         if num_classes is None:
-            self.out_norms = nnx.List([LayerNorm(width, precision=precision) for width in widths])
+            norms = (LayerNorm(width, implementation=other, precision=precision) for width in widths)
+            self.out_norms = nnx.List(list(norms))
         else:
-            self.norm = LayerNorm(widths[-1], precision=precision)
+            self.norm = LayerNorm(widths[-1], implementation=other, precision=precision)
             self.head = Linear(widths[-1], num_classes, **options)
 
     def feature_maps(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array]:

@@ -28,7 +28,9 @@ def supports(x: jax.Array) -> str | None:
     return None
 
 
-def _kernel(x_ref, dy_ref, kernel_ref, dx_ref, sums_ref, *, picture, out_picture, stride, steps):
+def _kernel(
+    x_ref, dy_ref, kernel_ref, dx_ref, sums_ref, *, picture, out_picture, stride, relu_input, steps
+):
     column, part, batch = (pl.program_id(axis) for axis in range(3))
     channels = tiles.span(column * CHANNELS, CHANNELS, dx_ref.shape[-1])
     (height, width), (out_height, out_width) = picture, out_picture
@@ -37,6 +39,8 @@ def _kernel(x_ref, dy_ref, kernel_ref, dx_ref, sums_ref, *, picture, out_picture
         token, inside = tiles.span((part * steps + step) * BLOCK, BLOCK, height * width)
         row, col = jax.lax.div(token, width), jax.lax.rem(token, width)
         x = tiles.load(x_ref, batch, (token, inside), channels).astype(f32)
+        if relu_input:
+            x = jnp.maximum(x, 0.0)
         dx, updated = jnp.zeros_like(x), []
         for i in range(3):
             for j in range(3):
@@ -52,6 +56,8 @@ def _kernel(x_ref, dy_ref, kernel_ref, dx_ref, sums_ref, *, picture, out_picture
                 updated.append(sums[3 * i + j] + x * dy)
                 if i == j == 1:  # every output pixel lies on one of the input
                     updated_bias = sums[9] + dy
+        if relu_input:
+            dx = jnp.where(x > 0, dx, 0.0)
         tiles.store(dx_ref, dx, batch, (token, inside), channels)
         return *updated, updated_bias
 
@@ -61,7 +67,7 @@ def _kernel(x_ref, dy_ref, kernel_ref, dx_ref, sums_ref, *, picture, out_picture
         tiles.store(sums_ref, jnp.sum(values, axis=0), batch, part, place, channels)
 
 
-def _on_device(x, dy, kernel, *, stride, interpret):
+def _on_device(x, dy, kernel, *, stride, relu_input, interpret):
     batch, height, width, channels = x.shape
     parts = pl.cdiv(height * width, PIXELS)
     steps = pl.cdiv(pl.cdiv(height * width, BLOCK), parts)
@@ -71,6 +77,7 @@ def _on_device(x, dy, kernel, *, stride, interpret):
             picture=(height, width),
             out_picture=dy.shape[1:3],
             stride=stride,
+            relu_input=relu_input,
             steps=steps,
         ),
         "depthwise_conv_gradient",
@@ -86,9 +93,10 @@ def _on_device(x, dy, kernel, *, stride, interpret):
     return dx.reshape(x.shape), sums
 
 
-def gradients(x, dy, kernel, stride, *, interpret=False):
+def gradients(x, dy, kernel, stride, relu_input, *, interpret=False):
     """See `vssd_jax.kernels.depthwise_conv.xla.gradients`. `interpret` runs the kernel on a CPU."""
-    f = functools.partial(_on_device, stride=stride, interpret=interpret)
+    options = {"stride": stride, "relu_input": relu_input, "interpret": interpret}
+    f = functools.partial(_on_device, **options)
     dx, sums = dispatch.over_batch(f, (x, dy), (kernel,))
     sums = sums.sum((0, 1))
     return dx, sums[:9].reshape(kernel.shape), sums[9]

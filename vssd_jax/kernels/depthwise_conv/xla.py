@@ -17,7 +17,7 @@ from vssd_jax.kernels import dispatch
 ACTIVATIONS = {None: lambda y: y, "silu": jax.nn.silu, "relu": jax.nn.relu}
 
 
-def gradients(x, dy, kernel, stride):
+def gradients(x, dy, kernel, stride, relu_input):
     """The gradients of the convolution alone, from that of its result.
 
     Args:
@@ -25,14 +25,17 @@ def gradients(x, dy, kernel, stride):
       dy: (B, ceil(H / stride), ceil(W / stride), C).
       kernel: (3, 3, C).
       stride: 1 or 2.
+      relu_input: whether max(x, 0) was convolved.
 
     Returns:
       Those of `x`, of `kernel` and of the bias, (C,); in float32 at least, but a kernel rounds
       that of `x` to the dtype of `x`.
     """
     dx = _input_gradient(dy, kernel, stride, x.shape)
+    if relu_input:
+        dx = jnp.where(x > 0, dx, 0)
     dkernel = jax.lax.platform_dependent(
-        x,
+        _convolved(x, relu_input),
         dy,
         cpu=functools.partial(_kernel_gradient_by_rows, stride=stride),
         default=functools.partial(_kernel_gradient, stride=stride),
@@ -40,7 +43,7 @@ def gradients(x, dy, kernel, stride):
     return dx, dkernel, dy.astype(_acc(x)).sum((0, 1, 2))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
 def depthwise_conv(
     x: jax.Array,
     kernel: jax.Array,
@@ -48,24 +51,25 @@ def depthwise_conv(
     stride: int = 1,
     activation: str | None = None,
     residual: bool = False,
+    relu_input: bool = False,
     gradients: Callable = gradients,
 ) -> jax.Array:
     """See `vssd_jax.kernels.depthwise_conv.api.depthwise_conv`; `gradients` as in this module."""
-    y = ACTIVATIONS[activation](_convolve(x, kernel, bias, stride))
+    y = ACTIVATIONS[activation](_convolve(_convolved(x, relu_input), kernel, bias, stride))
     if residual:
         y = y + x
     # The barrier keeps a consumer in float32 (a norm) from asking for a second, wide copy.
     return jax.lax.optimization_barrier(y.astype(x.dtype))
 
 
-def _forward(x, kernel, bias, stride, activation, residual, gradients):
+def _forward(x, kernel, bias, stride, activation, residual, *options):
     x = _written(x)  # not a copy for the gradient besides
-    y = depthwise_conv(x, kernel, bias, stride, activation, residual, gradients)
+    y = depthwise_conv(x, kernel, bias, stride, activation, residual, *options)
     tells = activation == "relu" and not residual  # its derivative
     return y, (x, kernel, bias, y if tells else None)
 
 
-def _backward(stride, activation, residual, gradients, saved, dy):
+def _backward(stride, activation, residual, relu_input, gradients, saved, dy):
     x, kernel, bias, y = saved
     dconv = dy
     if y is not None:
@@ -73,15 +77,15 @@ def _backward(stride, activation, residual, gradients, saved, dy):
     elif activation is not None:
         # Nine multiply-adds again cost less than keeping the values before the activation; the
         # compiler must not find them in the forward pass, in float32.
-        again = _convolve(_written(x), kernel, bias, stride)
+        again = _convolve(_convolved(_written(x), relu_input), kernel, bias, stride)
         _, activation_vjp = jax.vjp(ACTIVATIONS[activation], again)
         (dconv,) = activation_vjp(dy.astype(_acc(x)))
         # All taps of both gradients read it: compute it once.
         dconv = jax.lax.optimization_barrier(dconv.astype(x.dtype))
     if residual and activation is None:  # it adds one to the tap in the middle
-        dx, dkernel, dbias = gradients(x, dconv, kernel.at[1, 1].add(1), stride)
+        dx, dkernel, dbias = gradients(x, dconv, kernel.at[1, 1].add(1), stride, relu_input)
     else:
-        dx, dkernel, dbias = gradients(x, dconv, kernel, stride)
+        dx, dkernel, dbias = gradients(x, dconv, kernel, stride, relu_input)
         dx = dx.astype(_acc(x)) + dy if residual else dx
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype), dbias.astype(bias.dtype)
 
@@ -96,6 +100,10 @@ def _written(x):
 
 def _acc(x):
     return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _convolved(x, relu_input):
+    return jnp.maximum(x, 0) if relu_input else x
 
 
 def _pad(x):

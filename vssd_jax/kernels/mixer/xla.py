@@ -11,7 +11,8 @@ def nc_ssd_mixer(
     *, groups, epsilon, implementation,
 ):  # fmt: skip
     """See `vssd_jax.kernels.mixer.api.nc_ssd_mixer`; `implementation` is NC-SSD's."""
-    xbc = depthwise_conv(xbc, conv_kernel, conv_bias, activation="silu")
+    other = "xla" if implementation == "xla" else None
+    xbc = depthwise_conv(xbc, conv_kernel, conv_bias, activation="silu", implementation=other)
     xbc, token_weights, z = (t.reshape(len(t), -1, t.shape[-1]) for t in (xbc, token_weights, z))
     y = nc_ssd_gated(
         xbc,

@@ -39,7 +39,8 @@ def mlp(
     Raises:
       UserError: if a forced implementation cannot run here.
     """
-    run = functools.partial(xla.mlp, epsilon=epsilon)
+    forced = "xla" if implementation == "xla" else None
+    run = functools.partial(xla.mlp, epsilon=epsilon, implementation=forced)
     arguments = (x, branch_weights, scale, bias, w1, b1, w2, b2)
 
     def reason(here):

@@ -15,9 +15,10 @@ def gelu(x):
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
-def mlp(x, branch_weights, scale, bias, w1, b1, w2, b2, *, epsilon):
-    """See `vssd_jax.kernels.mlp.api.mlp`."""
+def mlp(x, branch_weights, scale, bias, w1, b1, w2, b2, *, epsilon, implementation=None):
+    """See `vssd_jax.kernels.mlp.api.mlp`; `implementation` is LayerNorm's."""
     acc = jnp.promote_types(x.dtype, jnp.float32)
-    hidden = linear(layer_norm(x, scale, bias, epsilon=epsilon), w1, b1)
+    normed = layer_norm(x, scale, bias, epsilon=epsilon, implementation=implementation)
+    hidden = linear(normed, w1, b1)
     hidden = gelu(hidden.astype(acc)).astype(x.dtype)
     return add_branch(x, linear(hidden, w2, b2), branch_weights)

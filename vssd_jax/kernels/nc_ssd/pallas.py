@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from vssd_jax.kernels import tiles
-from vssd_jax.kernels.nc_ssd import xla
+from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.tiles import f32
 
 
@@ -354,8 +354,8 @@ def _gated_backward(inner, groups, epsilon, interpret, saved, dout):
     sizes = Sizes.of(xbc, token_weights, inner, groups)
     # y again from the state: one kernel, and no array of y kept from the forward pass.
     y = _output(xbc, d, state, sizes, interpret=interpret)
-    _, norm_vjp = jax.vjp(functools.partial(xla.gated_norm, epsilon=epsilon), y, z, scale, bias)
-    dy, dz, dscale, dbias = norm_vjp(dout)
+    _, norm_vjp = jax.vjp(functools.partial(layer_norm, epsilon=epsilon), y, scale, bias, z)
+    dy, dscale, dbias, dz = norm_vjp(dout)
     grads = _gradients(xbc, token_weights, d, state, dy, sizes, interpret=interpret)
     return *grads, dz, dscale, dbias
 

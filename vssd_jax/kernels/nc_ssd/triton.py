@@ -16,7 +16,7 @@ try:
 except ImportError:  # without it `supports` says so, and nothing below is called
     triton = tl = None
 
-from vssd_jax.kernels.nc_ssd import xla
+from vssd_jax.kernels.layer_norm import layer_norm
 
 TOKENS = 32
 GRADIENT_WARPS = 8  # four would spill registers
@@ -258,4 +258,4 @@ def nc_ssd(xbc, token_weights, d, *, inner, groups):
 def nc_ssd_gated(xbc, token_weights, d, z, scale, bias, *, inner, groups, epsilon):
     """See `vssd_jax.kernels.nc_ssd.api.nc_ssd_gated`; norm and gate are left to XLA."""
     y = nc_ssd(xbc, token_weights, d, inner=inner, groups=groups)
-    return xla.gated_norm(y, z, scale, bias, epsilon=epsilon)
+    return layer_norm(y, scale, bias, z, epsilon)

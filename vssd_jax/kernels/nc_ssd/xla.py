@@ -47,11 +47,4 @@ def nc_ssd_gated(
 ) -> jax.Array:
     """See `vssd_jax.kernels.nc_ssd.api.nc_ssd_gated`."""
     y = nc_ssd(xbc, token_weights, d, inner=inner, groups=groups)
-    return gated_norm(y, z, scale, bias, epsilon=epsilon)
-
-
-def gated_norm(
-    y: jax.Array, z: jax.Array, scale: jax.Array, bias: jax.Array, *, epsilon: float
-) -> jax.Array:
-    """`LayerNorm(y) * z` over the last axis, in two passes and float32 at least."""
-    return layer_norm(y, scale, bias, z, epsilon)
+    return layer_norm(y, scale, bias, z, epsilon, implementation="xla")

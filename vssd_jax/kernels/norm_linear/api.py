@@ -37,7 +37,7 @@ def norm_linear(
       For each width an array (B, ..., width).
     """
     options = {"widths": tuple(widths), "dtypes": tuple(dtypes), "epsilon": epsilon}
-    plain = functools.partial(xla.norm_linear, **options)
+    plain = functools.partial(xla.norm_linear, **options, implementation=implementation)
 
     def reason(here):
         # Imported late: Pallas takes a while, and a CPU has no use for it.
