@@ -30,7 +30,7 @@ KERNEL_CASES = [
 ]
 
 
-def reference(x, kernel, bias, stride, activation, residual, relu_input):
+def reference(x, kernel, bias, stride, activation, residual, relu_input=False):
     y = jax.lax.conv_general_dilated(
         jnp.maximum(x, 0) if relu_input else x,
         kernel[:, :, None],

@@ -26,8 +26,9 @@ def x64():
         yield
 
 
-def formula(xbc, token_weights, d, z, scale, bias, *, spec):
+def formula(xbc, token_weights, d, z, scale, bias, *, spec, silu=False):
     """The definition, head by head."""
+    xbc = jax.nn.silu(xbc) if silu else xbc
     x, b, c = jnp.split(xbc, (spec.inner, spec.inner + spec.groups * spec.state), axis=-1)
     heads = []
     for head in range(spec.heads):
@@ -51,13 +52,13 @@ def value_and_gradients(f, arguments):
     return run([arguments[name] for name in NAMES])
 
 
-def compare(f, spec, batch, dtype, tolerance):
+def compare(f, spec, batch, dtype, tolerance, silu=False):
     arguments = spec.arguments(batch, dtype)
     expected = value_and_gradients(
-        functools.partial(formula, spec=spec),
+        functools.partial(formula, spec=spec, silu=silu),
         {name: value.astype(jnp.float64) for name, value in arguments.items()},
     )
-    f = functools.partial(f, inner=spec.inner, groups=spec.groups, epsilon=EPSILON)
+    f = functools.partial(f, inner=spec.inner, groups=spec.groups, epsilon=EPSILON, silu=silu)
     actual = value_and_gradients(f, arguments)
     for name, a, b in zip(("y", *NAMES), actual, expected, strict=True):
         error = jnp.linalg.norm(a.astype(jnp.float64) - b) / jnp.linalg.norm(b)
@@ -82,6 +83,14 @@ def test_xla_float64(spec):
 def test_pallas_float32(spec, monkeypatch):
     monkeypatch.setattr(tiles, "plgpu", poisoned(plgpu))
     compare(interpreted, spec, 2, jnp.float32, 1e-5)
+
+
+@pytest.mark.parametrize("spec", specs.EDGES[2:4], ids=by_name)
+def test_silu_while_reading(spec, monkeypatch):
+    monkeypatch.setattr(tiles, "plgpu", poisoned(plgpu))
+    compare(interpreted, spec, 2, jnp.float32, 1e-5, silu=True)
+    compare(interpreted, spec, 2, jnp.bfloat16, 1e-2, silu=True)
+    compare(xla.nc_ssd_gated, spec, 2, jnp.float64, 1e-12, silu=True)
 
 
 # Heads, P and N of the network; fewer tokens, as interpret mode takes minutes for 3136.
@@ -153,10 +162,11 @@ def test_without_norm_and_under_transformations():
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2), (jnp.float16, 1.5e-3)]
 )
-def test_gpu(spec, implementation, dtype, tolerance):
+@pytest.mark.parametrize("silu", [False, True])
+def test_gpu(spec, implementation, dtype, tolerance, silu):
     f = functools.partial(operation.nc_ssd_gated, implementation=implementation)
     with jax.default_matmul_precision("highest"):
-        compare(f, spec, 4, dtype, tolerance)
+        compare(f, spec, 4, dtype, tolerance, silu)
 
 
 @pytest.mark.gpu

@@ -159,7 +159,7 @@ def operation(name, batch, dtype):
         return lambda x, *weights: f(x, None, *weights), [x, *weights]
     spec = next(s for s in specs.NETWORK + specs.EDGES if name.endswith(s.name))
     f = functools.partial(
-        nc_ssd_gated, inner=spec.inner, groups=spec.groups, implementation="pallas"
+        nc_ssd_gated, inner=spec.inner, groups=spec.groups, silu=True, implementation="pallas"
     )
     if name.startswith("norm_linear"):
         widths = (spec.inner, spec.width, spec.heads)

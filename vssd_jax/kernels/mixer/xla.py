@@ -1,5 +1,6 @@
 """The NC-SSD mixer after its input projection, put together from the other operations."""
 
+from vssd_jax.kernels import dispatch
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
 from vssd_jax.kernels.linear import linear
 from vssd_jax.kernels.nc_ssd import nc_ssd_gated
@@ -12,7 +13,10 @@ def nc_ssd_mixer(
 ):  # fmt: skip
     """See `vssd_jax.kernels.mixer.api.nc_ssd_mixer`; `implementation` is NC-SSD's."""
     other = "xla" if implementation == "xla" else None
-    xbc = depthwise_conv(xbc, conv_kernel, conv_bias, activation="silu", implementation=other)
+    # A CPU does it in one pass with the convolution, NC-SSD's kernels while they read.
+    late = dispatch.target().platform == "gpu" and other is None
+    activation = None if late else "silu"
+    xbc = depthwise_conv(xbc, conv_kernel, conv_bias, activation=activation, implementation=other)
     xbc, token_weights, z = (t.reshape(len(t), -1, t.shape[-1]) for t in (xbc, token_weights, z))
     y = nc_ssd_gated(
         xbc,
@@ -24,6 +28,7 @@ def nc_ssd_mixer(
         inner=z.shape[-1],
         groups=groups,
         epsilon=epsilon,
+        silu=late,
         implementation=implementation,
     )
     y = y.reshape(*x.shape[:-1], -1)

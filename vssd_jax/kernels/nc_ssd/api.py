@@ -53,6 +53,7 @@ def nc_ssd_gated(
     inner: int,
     groups: int = 1,
     epsilon: float = 1e-5,
+    silu: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
     """`LayerNorm(nc_ssd(...)) * z`, the whole of the mixer between its two projections.
@@ -62,6 +63,7 @@ def nc_ssd_gated(
       z: (B, L, inner), the gate; no activation.
       scale, bias: (inner,), of the LayerNorm over all heads.
       epsilon: of the LayerNorm.
+      silu: whether SiLU(xbc) takes the place of xbc: a kernel spares the memory another pass.
 
     Returns:
       (B, L, inner) in the dtype of `z`.
@@ -70,7 +72,8 @@ def nc_ssd_gated(
       UserError: if a forced implementation cannot run here.
     """
     run = _implementation(implementation, xbc, token_weights, inner, groups)
-    f = functools.partial(run.nc_ssd_gated, inner=inner, groups=groups, epsilon=epsilon)
+    options = {"inner": inner, "groups": groups, "epsilon": epsilon, "silu": silu}
+    f = functools.partial(run.nc_ssd_gated, **options)
     args = (xbc, token_weights, d, z, scale, bias)
     if run is xla:
         return f(*args)

@@ -5,8 +5,8 @@ request with the LayerNorm over all heads and the gate in the same kernel. Backw
 gradients of the state, `C^T dy`, by the first kernel again; their sum; then all other gradients
 in one kernel. Programs share nothing but their inputs, so that results repeat bit for bit.
 
-Every array is read and written where it lies, x|B|C packed as the convolution leaves them; masks
-cover what lies beyond L, N and P.
+Every array is read and written where it lies, x|B|C packed as the convolution leaves them, on
+request before its SiLU; masks cover what lies beyond L, N and P.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from vssd_jax.kernels.tiles import f32
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The static sizes of a call: L, heads, groups, N, P."""
+    """What is static in a call: L, heads, groups, N, P, and how a kernel goes about them."""
 
     length: int
     heads: int
@@ -32,9 +32,10 @@ class Sizes:
     head_dim: int
     tokens: int  # of one step of a kernel
     warps: int
+    silu: bool  # whether x|B|C are to go through SiLU
 
     @classmethod
-    def of(cls, xbc, token_weights, inner, groups):
+    def of(cls, xbc, token_weights, inner, groups, silu=False):
         _, length, width = xbc.shape
         heads = token_weights.shape[-1]
         state, head_dim = (width - inner) // (2 * groups), inner // heads
@@ -43,7 +44,7 @@ class Sizes:
         tokens, warps = 64 if max(tiles.padded(state), tiles.padded(head_dim)) <= 64 else 32, 4
         if xbc.dtype == f32:
             tokens, warps = tokens // 2, 8
-        return cls(length, heads, groups, state, head_dim, tokens, warps)
+        return cls(length, heads, groups, state, head_dim, tokens, warps, silu)
 
     def halved(self):
         """For a kernel with more arrays in registers."""
@@ -110,6 +111,20 @@ def _tokens(sizes, block):
     return tiles.span(block * sizes.tokens, sizes.tokens, sizes.length)
 
 
+def _load_xbc(ref, sizes, *place):
+    values = tiles.load(ref, *place)
+    return jax.nn.silu(values.astype(f32)).astype(values.dtype) if sizes.silu else values
+
+
+def _before_silu(gradient, ref, sizes, *place):
+    """The gradient of what lies in `ref`, from that of what `_load_xbc` makes of it."""
+    if not sizes.silu:
+        return gradient
+    values = tiles.load(ref, *place).astype(f32)
+    sigmoid = jax.nn.sigmoid(values)
+    return gradient * (sigmoid * (1 + values * (1 - sigmoid)))
+
+
 def _state_kernel(xbc_ref, w_ref, out_ref, *, sizes):
     _partial_state(xbc_ref, xbc_ref, w_ref, out_ref, sizes, second=False)
 
@@ -126,8 +141,9 @@ def _partial_state(x_ref, bc_ref, w_ref, out_ref, sizes, *, second):
 
     def body(i, acc):
         rows = _tokens(sizes, chunk * steps + i)
-        x = tiles.load(x_ref, batch, rows, columns)
-        b = tiles.load(bc_ref, batch, rows, states)
+        place = batch, rows, columns
+        x = tiles.load(x_ref, *place) if second else _load_xbc(x_ref, sizes, *place)
+        b = _load_xbc(bc_ref, sizes, batch, rows, states)
         if w_ref is not None:
             x = (x.astype(f32) * tiles.load(w_ref, batch, rows, head)[:, None]).astype(x.dtype)
         return acc + tiles.dot(b.T, x)
@@ -142,8 +158,8 @@ def state_tile(ref, sizes, batch, head):
 
 
 def _head_output(xbc_ref, d_ref, state_ref, sizes, batch, rows, head):
-    x = tiles.load(xbc_ref, batch, rows, sizes.tile(head))
-    c = tiles.load(xbc_ref, batch, rows, sizes.group_tile(head, second=True))
+    x = _load_xbc(xbc_ref, sizes, batch, rows, sizes.tile(head))
+    c = _load_xbc(xbc_ref, sizes, batch, rows, sizes.group_tile(head, second=True))
     state = state_tile(state_ref, sizes, batch, head)
     return tiles.dot(c, state) + d_ref[head].astype(f32) * x.astype(f32)
 
@@ -212,18 +228,20 @@ def _gradient_kernel(
     rows = _tokens(sizes, block)
     b_columns = sizes.group_tile(group, second=False)
     c_columns = sizes.group_tile(group, second=True)
-    b = tiles.load(xbc_ref, batch, rows, b_columns)
+    b = _load_xbc(xbc_ref, sizes, batch, rows, b_columns)
 
     def body(i, carry):
         db, dc = carry
         head = i * sizes.groups + group
         columns = sizes.tile(head)
-        x, dy = tiles.load(xbc_ref, batch, rows, columns), tiles.load(dy_ref, batch, rows, columns)
+        x = _load_xbc(xbc_ref, sizes, batch, rows, columns)
+        dy = tiles.load(dy_ref, batch, rows, columns)
         state = state_tile(state_ref, sizes, batch, head)
         dstate = state_tile(dstate_ref, sizes, batch, head)
         w, wide_x, wide_dy = tiles.load(w_ref, batch, rows, head), x.astype(f32), dy.astype(f32)
         dweighted = tiles.dot(b, dstate)
         dx = w[:, None] * dweighted + d_ref[head].astype(f32) * wide_dy
+        dx = _before_silu(dx, xbc_ref, sizes, batch, rows, columns)
         tiles.store(dxbc_ref, dx, batch, rows, columns)
         tiles.store(dw_ref, jnp.sum(wide_x * dweighted, axis=1), batch, rows, head)
         dd_ref[batch, block, head] = jnp.sum(jnp.sum(wide_x * wide_dy, axis=1), axis=0)
@@ -232,8 +250,9 @@ def _gradient_kernel(
 
     zero = jnp.zeros((sizes.tokens, sizes.padded_state), f32)
     db, dc = jax.lax.fori_loop(0, sizes.heads // sizes.groups, body, (zero, zero))
-    tiles.store(dxbc_ref, db, batch, rows, b_columns)
-    tiles.store(dxbc_ref, dc, batch, rows, c_columns)
+    for gradient, columns in ((db, b_columns), (dc, c_columns)):
+        gradient = _before_silu(gradient, xbc_ref, sizes, batch, rows, columns)
+        tiles.store(dxbc_ref, gradient, batch, rows, columns)
 
 
 # --- Calls ------------------------------------------------------------------------------------
@@ -324,18 +343,18 @@ def _nc_ssd_backward(inner, groups, interpret, saved, dy):
 _nc_ssd.defvjp(_nc_ssd_forward, _nc_ssd_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10))
 def _nc_ssd_gated(
-    xbc, token_weights, d, z, scale, bias, inner, groups, epsilon, interpret
+    xbc, token_weights, d, z, scale, bias, inner, groups, epsilon, silu, interpret
 ):
     args = (xbc, token_weights, d, z, scale, bias)
-    return _gated_forward(*args, inner, groups, epsilon, interpret)[0]
+    return _gated_forward(*args, inner, groups, epsilon, silu, interpret)[0]
 
 
 def _gated_forward(
-    xbc, token_weights, d, z, scale, bias, inner, groups, epsilon, interpret
+    xbc, token_weights, d, z, scale, bias, inner, groups, epsilon, silu, interpret
 ):
-    sizes = Sizes.of(xbc, token_weights, inner, groups)
+    sizes = Sizes.of(xbc, token_weights, inner, groups, silu)
     state = _state(xbc, token_weights, sizes, interpret=interpret)
     out = tiles.call(
         functools.partial(_gated_output_kernel, sizes=sizes, epsilon=epsilon),
@@ -349,9 +368,9 @@ def _gated_forward(
     return out, (xbc, token_weights, d, z, scale, bias, state)
 
 
-def _gated_backward(inner, groups, epsilon, interpret, saved, dout):
+def _gated_backward(inner, groups, epsilon, silu, interpret, saved, dout):
     xbc, token_weights, d, z, scale, bias, state = saved
-    sizes = Sizes.of(xbc, token_weights, inner, groups)
+    sizes = Sizes.of(xbc, token_weights, inner, groups, silu)
     # y again from the state: one kernel, and no array of y kept from the forward pass.
     y = _output(xbc, d, state, sizes, interpret=interpret)
     _, norm_vjp = jax.vjp(functools.partial(layer_norm, epsilon=epsilon), y, scale, bias, z)
@@ -369,9 +388,10 @@ def nc_ssd(xbc, token_weights, d, *, inner, groups, interpret=False):
 
 
 def nc_ssd_gated(
-    xbc, token_weights, d, z, scale, bias, *, inner, groups, epsilon, interpret=False
-):
+    xbc, token_weights, d, z, scale, bias,
+    *, inner, groups, epsilon, silu=False, interpret=False,
+):  # fmt: skip
     """See `vssd_jax.kernels.nc_ssd.api.nc_ssd_gated`. `interpret` runs the kernels on a CPU."""
     return _nc_ssd_gated(
-        xbc, token_weights, d, z, scale, bias, inner, groups, epsilon, interpret
+        xbc, token_weights, d, z, scale, bias, inner, groups, epsilon, silu, interpret
     )

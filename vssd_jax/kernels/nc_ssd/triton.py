@@ -255,7 +255,8 @@ def nc_ssd(xbc, token_weights, d, *, inner, groups):
     return _nc_ssd(xbc, token_weights, d, inner, groups)
 
 
-def nc_ssd_gated(xbc, token_weights, d, z, scale, bias, *, inner, groups, epsilon):
-    """See `vssd_jax.kernels.nc_ssd.api.nc_ssd_gated`; norm and gate are left to XLA."""
+def nc_ssd_gated(xbc, token_weights, d, z, scale, bias, *, inner, groups, epsilon, silu=False):
+    """See `vssd_jax.kernels.nc_ssd.api.nc_ssd_gated`; SiLU, norm and gate are left to XLA."""
+    xbc = jax.nn.silu(xbc) if silu else xbc
     y = nc_ssd(xbc, token_weights, d, inner=inner, groups=groups)
     return layer_norm(y, scale, bias, z, epsilon)

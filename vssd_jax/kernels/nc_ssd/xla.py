@@ -44,7 +44,9 @@ def nc_ssd_gated(
     inner: int,
     groups: int,
     epsilon: float,
+    silu: bool = False,
 ) -> jax.Array:
     """See `vssd_jax.kernels.nc_ssd.api.nc_ssd_gated`."""
+    xbc = jax.nn.silu(xbc) if silu else xbc
     y = nc_ssd(xbc, token_weights, d, inner=inner, groups=groups)
     return layer_norm(y, scale, bias, z, epsilon, implementation="xla")
