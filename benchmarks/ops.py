@@ -18,6 +18,7 @@ from vssd_jax.errors import UserError
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
 from vssd_jax.kernels.dispatch import IMPLEMENTATIONS
+from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.mixer import nc_ssd_mixer
 from vssd_jax.kernels.mlp import mlp
 from vssd_jax.kernels.nc_ssd import nc_ssd, nc_ssd_gated, specs
@@ -34,17 +35,14 @@ def operations(model: str, batch: int, dtype):
         bare = [a[name] for name in ("xbc", "token_weights", "d")]
         yield f"nc_ssd {spec.name}", functools.partial(nc_ssd, **options), bare
         gated = [*bare, a["z"], a["scale"], a["bias"]]
-        yield f"nc_ssd_gated {spec.name}", functools.partial(nc_ssd_gated, **options), gated
+        yield f"nc_ssd_gated {spec.name}", functools.partial(nc_ssd_gated, silu=True, **options), gated
         side = int(spec.length**0.5)
         x = a["xbc"].reshape(batch, side, side, -1)
         kernel = jnp.ones((3, 3, spec.width), jnp.float32) / 9
 
-        def conv(x, kernel, bias, implementation):
-            if implementation != "xla":
-                raise UserError("there is one implementation")
-            return depthwise_conv(x, kernel, bias, activation="silu")
-
-        yield f"depthwise_conv {spec.name}", conv, [x, kernel, jnp.zeros(spec.width)]
+        # Of these two, the implementations differ in their gradients.
+        yield f"depthwise_conv {spec.name}", depthwise_conv, [x, kernel, jnp.zeros(spec.width)]
+        yield f"layer_norm {spec.name}", layer_norm, [a["z"], a["scale"], a["bias"], a["z"]]
 
         # What a block does in inference, beside its own convolutions.
         channels = spec.inner // config.expand
