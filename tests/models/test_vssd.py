@@ -16,7 +16,15 @@ from tests.golden_model import (
     run,
 )
 from vssd_jax.kernels.residual import add_branch
-from vssd_jax.models.vssd import VSSD, BatchNorm, DropPath, Precision, Stage, VSSDConfig
+from vssd_jax.models.vssd import (
+    VSSD,
+    BatchNorm,
+    DropPath,
+    Precision,
+    Stage,
+    VSSDConfig,
+    batch_norm,
+)
 
 SLOW = pytest.mark.slow  # built of the same blocks as the others
 VARIANTS = ("micro", "tiny", pytest.param("small", marks=SLOW), pytest.param("base", marks=SLOW))
@@ -120,6 +128,25 @@ def test_batch_norm_keeps_pytorchs_statistics(x64):
     np.testing.assert_allclose(np.mean(y, (0, 1, 2)), 0, atol=1e-12)
     np.testing.assert_allclose(norm.mean[...], 0.1 * x.mean((0, 1, 2)))
     np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1))
+
+
+def test_batch_norm_has_the_gradient_of_the_formula(x64):
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(2, 3, (2, 4, 5, 3, 2))
+    scale, bias = rng.normal(1, 0.2, (2, 2))
+
+    def formula(x, scale, bias):
+        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        return (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
+
+    def ours(x, scale, bias):
+        return batch_norm(x, scale, bias, 1e-5, x.dtype)[0]
+
+    for f in (ours, jax.checkpoint(ours)):
+        for a, b in zip(
+            jax.vjp(f, x, scale, bias)[1](dy), jax.vjp(formula, x, scale, bias)[1](dy), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
