@@ -72,6 +72,7 @@ def measure(calls: dict, *, rounds: int, seconds: float) -> dict[str, list[float
     times = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            time.sleep(0.2)  # idle threads of the one before spin for a while
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()

@@ -8,11 +8,7 @@ precision. On a CPU: eager mode (add `--torch compile` to compile).
 """
 
 import contextlib
-import os
 import statistics
-
-# PyTorch's threads would else spin for a while after their turn, on the cores of the other's.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import jax
 import numpy as np

@@ -35,7 +35,8 @@ def operations(model: str, batch: int, dtype):
         bare = [a[name] for name in ("xbc", "token_weights", "d")]
         yield f"nc_ssd {spec.name}", functools.partial(nc_ssd, **options), bare
         gated = [*bare, a["z"], a["scale"], a["bias"]]
-        yield f"nc_ssd_gated {spec.name}", functools.partial(nc_ssd_gated, silu=True, **options), gated
+        gated_op = functools.partial(nc_ssd_gated, silu=True, **options)
+        yield f"nc_ssd_gated {spec.name}", gated_op, gated
         side = int(spec.length**0.5)
         x = a["xbc"].reshape(batch, side, side, -1)
         kernel = jnp.ones((3, 3, spec.width), jnp.float32) / 9

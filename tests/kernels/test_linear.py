@@ -47,3 +47,10 @@ def test_the_bias_is_added_before_the_rounding():
     # 257 lies between bfloat16's 256 and 258.
     assert linear(x, kernel, jnp.asarray([1.0]))[0, 0] == 258
     assert linear(x, kernel)[0, 0] + jnp.bfloat16(1) == 256
+
+
+def test_the_gradient_of_the_bias_is_added_up_in_float32():
+    dy = jnp.full((100_000, 1), 0.1, jnp.bfloat16)
+    values = jnp.ones((100_000, 1), jnp.bfloat16), jnp.ones((1, 1)), jnp.ones(1)
+    dbias = jax.vjp(linear, *values)[1](dy)[2]
+    np.testing.assert_allclose(dbias, [1e5 * float(dy[0, 0])], rtol=1e-4)

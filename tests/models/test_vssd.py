@@ -1,5 +1,7 @@
 """The model against the outputs of the authors' code."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,6 +99,15 @@ def test_state_is_float32_whatever_the_dtype():
     leaves = jax.tree.leaves(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
     assert leaves
     assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+
+
+def test_the_graph_is_hashable():
+    """As a static argument of `jax.jit` must be."""
+    build = functools.partial(VSSD, VSSDConfig.nano(), num_classes=10)
+    first, second = (
+        nnx.graphdef(nnx.eval_shape(lambda seed=seed: build(rngs=nnx.Rngs(seed)))) for seed in (0, 1)
+    )
+    assert hash(first) == hash(second)
 
 
 def test_remat_changes_no_gradient(x64):

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from tests.conftest import ROOT
 from vssd_jax.errors import UserError
+from vssd_jax.training import checkpoints
 from vssd_jax.training.checkpoints import Checkpoints, read_ema
 from vssd_jax.training.state import TrainState
 
@@ -52,6 +54,21 @@ def restored_step(workdir):
     expected = make_state(checkpoints.latest_step)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     return int(state.step)
+
+
+def test_a_checkpoint_from_before_arrays_were_packed(tmp_path, monkeypatch):
+    save_now = ocp.training.Checkpointer.save_checkpointables_async
+
+    def without_metadata(*args, custom_metadata, **options):
+        assert not any(custom_metadata.values())
+        return save_now(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_layout", lambda leaves: {})
+        patch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", without_metadata)
+        save(tmp_path, [1, 2])
+    assert restored_step(tmp_path) == 2
+    np.testing.assert_array_equal(read_ema(tmp_path)[0]["layer0.kernel"], np.full((8, 3), 2.0))
 
 
 def test_the_latest_two_and_the_best_are_kept(tmp_path):

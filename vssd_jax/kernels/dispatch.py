@@ -55,6 +55,14 @@ def check_name(implementation: str | None) -> None:
         )
 
 
+def of_other_kernels(implementation: str | None) -> str | None:
+    """What an `implementation` that is meant for one operation means for those beside it.
+
+    "pallas" and "triton" force kernels that the others may not have, or not for every size.
+    """
+    return "xla" if implementation == "xla" else None
+
+
 def choose(
     operation: str,
     implementation: str | None,
@@ -111,13 +119,14 @@ def for_inference(kernel: Callable, plain: Callable) -> Callable:
     return f
 
 
-def over_batch(f: Callable, sharded: tuple, replicated: tuple) -> jax.Array:
-    """`f(*sharded, *replicated)` with each device on its own part of the first axis of `sharded`.
+def size_on_device(x: jax.Array) -> int:
+    """The number of elements of `x` that `over_batch` gives to a device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x.size // math.prod(mesh.shape[name] for name in _batch_axes(len(x)))
 
-    XLA cannot split a kernel: without this it would gather the whole batch on every device. The
-    mesh is that of `jax.set_mesh`; without a mesh, or if the batch cannot be divided, `f` is
-    called as it is.
-    """
+
+def _batch_axes(batch: int) -> tuple[str, ...]:
+    """The axes of the mesh over which a batch is divided; none if it cannot be."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(
         name
@@ -125,8 +134,20 @@ def over_batch(f: Callable, sharded: tuple, replicated: tuple) -> jax.Array:
         if kind != AxisType.Manual
     )
     devices = math.prod(mesh.shape[name] for name in axes)
-    if devices == 1 or sharded[0].shape[0] % devices:
+    return () if devices == 1 or batch % devices else axes
+
+
+def over_batch(f: Callable, sharded: tuple, replicated: tuple) -> jax.Array:
+    """`f(*sharded, *replicated)` with each device on its own part of the first axis of `sharded`.
+
+    XLA cannot split a kernel: without this it would gather the whole batch on every device. The
+    mesh is that of `jax.set_mesh`; without a mesh, or if the batch cannot be divided, `f` is
+    called as it is.
+    """
+    axes = _batch_axes(len(sharded[0]))
+    if not axes:
         return f(*sharded, *replicated)
+    mesh = jax.sharding.get_abstract_mesh()
     batch = PartitionSpec(axes)
     specs = (batch,) * len(sharded) + (PartitionSpec(),) * len(replicated)
     split = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=batch, check_vma=False)

@@ -37,8 +37,10 @@ def _backward(saved, dy):
     acc, dy = jnp.promote_types(x.dtype, jnp.float32), _rows(dy)
     dx = jnp.matmul(dy, kernel.astype(x.dtype).T).reshape(x.shape)
     dkernel = jnp.matmul(_rows(x).T, dy, preferred_element_type=acc).astype(kernel.dtype)
-    # Not of the widened dy, which XLA would write as well; it adds up in float32 all the same.
-    dbias = None if bias is None else jax.lax.reduce_sum(dy, (0,)).astype(bias.dtype)
+    if bias is None:
+        return dx, dkernel, None
+    # The barrier keeps XLA from writing dy a second time, in float32, for the sum.
+    dbias = jax.lax.optimization_barrier(dy).astype(acc).sum(0).astype(bias.dtype)
     return dx, dkernel, dbias
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
-from vssd_jax.kernels.dispatch import check_name
+from vssd_jax.kernels.dispatch import check_name, of_other_kernels
 from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.linear import linear
 from vssd_jax.kernels.mixer import nc_ssd_mixer
@@ -170,6 +170,8 @@ class Linear(nnx.Module):
         kernel = normal(0.02)(rngs.params(), (inputs, outputs), precision.state)
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(jnp.zeros((outputs,), precision.state)) if use_bias else None
+        if use_bias:
+            rngs.params()  # as `nnx.Linear`: what a seed gives stays the same
         self.precision = precision
 
     def __call__(self, x):
@@ -304,8 +306,8 @@ class BatchNorm(nnx.Module):
     def __call__(self, x):
         dtype, scale, bias = self.precision.compute, self.scale[...], self.bias[...]
         if self.use_running_average:
-            scale, shift = self.running()
-            return (x.astype(scale.dtype) * scale + shift).astype(dtype)
+            scale = scale * jax.lax.rsqrt(self.var[...] + self.epsilon)
+            return ((x.astype(scale.dtype) - self.mean[...]) * scale + bias).astype(dtype)
         y, mean, var = batch_norm(x, scale, bias, self.epsilon, dtype)
         count = x.size // x.shape[-1]
         unbiased = jax.lax.stop_gradient(var) * (count / max(count - 1, 1))
@@ -339,18 +341,38 @@ relu.defvjp(lambda x: (relu(x),) * 2, lambda y, dy: (jnp.where(y > 0, dy, 0),))
 class DepthwiseConv(nnx.Module):
     """3x3 depthwise convolution with bias: (B, H, W, C) -> (B, ceil(H/s), ceil(W/s), C).
 
-    `options` are those of `vssd_jax.kernels.depthwise_conv.depthwise_conv`.
+    The options are those of `vssd_jax.kernels.depthwise_conv.depthwise_conv`.
     """
 
-    def __init__(self, channels, *, stride=1, precision, rngs, **options):
+    def __init__(
+        self,
+        channels,
+        *,
+        stride=1,
+        activation=None,
+        residual=False,
+        relu_input=False,
+        implementation=None,
+        precision,
+        rngs,
+    ):
         init = torch_uniform(9)
         self.kernel = nnx.Param(init(rngs.params(), (3, 3, channels), precision.state))
         self.bias = nnx.Param(init(rngs.params(), (channels,), precision.state))
-        self.stride, self.options = stride, options
+        self.stride, self.activation, self.residual = stride, activation, residual
+        self.relu_input, self.implementation = relu_input, implementation
 
     def __call__(self, x):
-        kernel, bias = self.kernel[...], self.bias[...]
-        return depthwise_conv(x, kernel, bias, stride=self.stride, **self.options)
+        return depthwise_conv(
+            x,
+            self.kernel[...],
+            self.bias[...],
+            stride=self.stride,
+            activation=self.activation,
+            residual=self.residual,
+            relu_input=self.relu_input,
+            implementation=self.implementation,
+        )
 
 
 class DropPath(nnx.Module):
@@ -442,14 +464,6 @@ class PatchDownsample(nnx.Module):
 
     def __call__(self, x):
         return self.norm(relu(self.conv1(x)))
-
-
-def of_other_kernels(implementation: str | None) -> str | None:
-    """What a network's `implementation` means for all operations but NC-SSD.
-
-    "pallas" and "triton" force NC-SSD's kernels; the others have none for every size.
-    """
-    return "xla" if implementation == "xla" else None
 
 
 # --- Mixers -----------------------------------------------------------------------------------
@@ -668,11 +682,11 @@ class VSSD(nnx.Module):
                 )
             )
         widths = [config.embed_dim * 2**stage for stage in range(4)]
+        norm_options = {"implementation": other, "precision": precision}
         if num_classes is None:
-            norms = (LayerNorm(width, implementation=other, precision=precision) for width in widths)
-            self.out_norms = nnx.List(list(norms))
+            self.out_norms = nnx.List([LayerNorm(width, **norm_options) for width in widths])
         else:
-            self.norm = LayerNorm(widths[-1], implementation=other, precision=precision)
+            self.norm = LayerNorm(widths[-1], **norm_options)
             self.head = Linear(widths[-1], num_classes, **options)
 
     def feature_maps(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array]:

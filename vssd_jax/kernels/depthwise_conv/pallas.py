@@ -23,8 +23,8 @@ def supports(x: jax.Array) -> str | None:
     """Why this argument is out of reach, or None."""
     if x.dtype not in tiles.DTYPES:
         return f"dtype {x.dtype} (it knows float32, bfloat16 and float16)"
-    if x.size >= 2**31:
-        return f"{x.size} elements (below 2^31)"
+    if dispatch.size_on_device(x) >= 2**31:
+        return f"{dispatch.size_on_device(x)} elements on a device (below 2^31)"
     return None
 
 

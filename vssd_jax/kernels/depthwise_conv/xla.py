@@ -14,7 +14,16 @@ import jax.numpy as jnp
 
 from vssd_jax.kernels import dispatch
 
-ACTIVATIONS = {None: lambda y: y, "silu": jax.nn.silu, "relu": jax.nn.relu}
+
+@jax.custom_jvp
+def _silu(x):
+    # With a division at the end: XLA's CPU compiler holds a product for cheap, and would compute
+    # it, with the whole convolution before it, in each of its consumers anew.
+    return x / (1 + jnp.exp(-x))
+
+
+_silu.defjvp(lambda primals, tangents: jax.jvp(jax.nn.silu, primals, tangents))
+ACTIVATIONS = {None: lambda y: y, "silu": _silu, "relu": jax.nn.relu}
 
 
 def gradients(x, dy, kernel, stride, relu_input):
@@ -83,7 +92,8 @@ def _backward(stride, activation, residual, relu_input, gradients, saved, dy):
         # All taps of both gradients read it: compute it once.
         dconv = jax.lax.optimization_barrier(dconv.astype(x.dtype))
     if residual and activation is None:  # it adds one to the tap in the middle
-        dx, dkernel, dbias = gradients(x, dconv, kernel.at[1, 1].add(1), stride, relu_input)
+        wide = kernel.astype(_acc(x)).at[1, 1].add(1)
+        dx, dkernel, dbias = gradients(x, dconv, wide, stride, relu_input)
     else:
         dx, dkernel, dbias = gradients(x, dconv, kernel, stride, relu_input)
         dx = dx.astype(_acc(x)) + dy if residual else dx
@@ -94,7 +104,7 @@ depthwise_conv.defvjp(_forward, _backward)
 
 
 def _written(x):
-    """`x`, which a GPU writes to its memory as it is, and computes in no other kernel."""
+    """Keeps a GPU's compiler from computing `x` inside its consumers, or a wide copy of it."""
     return jax.lax.optimization_barrier(x) if dispatch.target().platform == "gpu" else x
 
 

@@ -26,8 +26,8 @@ def supports(x: jax.Array) -> str | None:
         return f"dtype {x.dtype} (it knows float32, bfloat16 and float16)"
     if x.shape[-1] > MAX_CHANNELS:
         return f"{x.shape[-1]} channels (at most {MAX_CHANNELS})"
-    if x.size >= 2**31:
-        return f"{x.size} elements (below 2^31)"
+    if dispatch.size_on_device(x) >= 2**31:
+        return f"{dispatch.size_on_device(x)} elements on a device (below 2^31)"
     return None
 
 

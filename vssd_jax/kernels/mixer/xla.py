@@ -12,9 +12,9 @@ def nc_ssd_mixer(
     *, groups, epsilon, implementation,
 ):  # fmt: skip
     """See `vssd_jax.kernels.mixer.api.nc_ssd_mixer`; `implementation` is NC-SSD's."""
-    other = "xla" if implementation == "xla" else None
-    # A CPU does it in one pass with the convolution, NC-SSD's kernels while they read.
-    late = dispatch.target().platform == "gpu" and other is None
+    other = dispatch.of_other_kernels(implementation)
+    # NC-SSD's Pallas kernels apply SiLU while they read; elsewhere it goes with the convolution.
+    late = dispatch.target().platform == "gpu" and implementation in (None, "pallas")
     activation = None if late else "silu"
     xbc = depthwise_conv(xbc, conv_kernel, conv_bias, activation=activation, implementation=other)
     xbc, token_weights, z = (t.reshape(len(t), -1, t.shape[-1]) for t in (xbc, token_weights, z))

@@ -31,7 +31,7 @@ def mlp(
       w2, b2: (D, C) and (C,).
       epsilon: of the LayerNorm.
       implementation: "xla", "pallas", or None for the device's best: on a GPU a kernel in
-        inference, for 16 bits and few channels. Gradients are always those of "xla".
+        inference, for 16 bits and few channels. Gradients are those of the operations one by one.
 
     Returns:
       As `x`, in its dtype; accumulated in float32 at least.
@@ -39,8 +39,8 @@ def mlp(
     Raises:
       UserError: if a forced implementation cannot run here.
     """
-    forced = "xla" if implementation == "xla" else None
-    run = functools.partial(xla.mlp, epsilon=epsilon, implementation=forced)
+    other = dispatch.of_other_kernels(implementation)
+    run = functools.partial(xla.mlp, epsilon=epsilon, implementation=other)
     arguments = (x, branch_weights, scale, bias, w1, b1, w2, b2)
 
     def reason(here):

@@ -1,4 +1,4 @@
-"""The MLP branch in plain JAX: the reference, the fallback, and the way of training."""
+"""The MLP branch, its operations one by one: reference, fallback, and the way of training."""
 
 import math
 

@@ -259,4 +259,4 @@ def nc_ssd_gated(xbc, token_weights, d, z, scale, bias, *, inner, groups, epsilo
     """See `vssd_jax.kernels.nc_ssd.api.nc_ssd_gated`; SiLU, norm and gate are left to XLA."""
     xbc = jax.nn.silu(xbc) if silu else xbc
     y = nc_ssd(xbc, token_weights, d, inner=inner, groups=groups)
-    return layer_norm(y, scale, bias, z, epsilon)
+    return layer_norm(y, scale, bias, z, epsilon, implementation="xla")

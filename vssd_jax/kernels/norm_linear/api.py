@@ -31,13 +31,14 @@ def norm_linear(
       dtypes: of each result; the products are accumulated in float32 at least.
       epsilon: of the LayerNorm.
       implementation: "xla", or None for the device's best: on a GPU a kernel in inference, for 16
-        bits and few channels. Gradients are always those of "xla".
+        bits and few channels. Gradients are those of the operations one by one.
 
     Returns:
       For each width an array (B, ..., width).
     """
     options = {"widths": tuple(widths), "dtypes": tuple(dtypes), "epsilon": epsilon}
-    plain = functools.partial(xla.norm_linear, **options, implementation=implementation)
+    other = dispatch.of_other_kernels(implementation)
+    plain = functools.partial(xla.norm_linear, **options, implementation=other)
 
     def reason(here):
         # Imported late: Pallas takes a while, and a CPU has no use for it.

@@ -1,4 +1,4 @@
-"""LayerNorm and linear layers in plain JAX: reference, fallback, and the way of training."""
+"""LayerNorm and linear layers one by one: reference, fallback, and the way of training."""
 
 import jax.numpy as jnp
 import numpy as np
