@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vssd_jax.host import prepare_cpu
+from vssd_jax.host import compiler_options, prepare_cpu
 
 prepare_cpu()
 
@@ -106,11 +106,10 @@ def inference_step(model: nnx.Module):
     model.eval()
     graphdef, state = nnx.split(model)
 
-    @jax.jit
     def step(state, images):
         return nnx.merge(graphdef, state)(images)
 
-    return step, state
+    return jax.jit(step, compiler_options=compiler_options()), state
 
 
 def training_step(model: nnx.Module):
@@ -137,7 +136,8 @@ def training_step(model: nnx.Module):
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), rest, opt_state
 
-    return jax.jit(step, donate_argnums=0), (params, rest, optimizer.init(params))
+    step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+    return step, (params, rest, optimizer.init(params))
 
 
 def batch(size: int, image_size: int, *, classes: int = 1000, dtype=jnp.float32):

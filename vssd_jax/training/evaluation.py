@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vssd_jax.errors import UserError
+from vssd_jax.host import compiler_options
 from vssd_jax.models.count import count_multiply_adds, count_parameters
 from vssd_jax.tasks import make_task
 from vssd_jax.training.sharding import check_batch, device_batches, make_mesh
@@ -32,6 +33,7 @@ class Evaluator:
         self._step = jax.jit(
             lambda arrays, batch: task.eval_step(functional.merge(arrays, training=False), batch),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
+            compiler_options=compiler_options(),
         )
 
     def __call__(self, arrays: Arrays) -> dict[str, float]:
@@ -118,7 +120,10 @@ def measure_throughput(task, functional: Functional, arrays: Arrays, mesh: Mesh)
         np.random.default_rng(0).standard_normal(shape, np.float32),
         NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
     )
-    forward = jax.jit(lambda arrays, images: functional.merge(arrays, training=False)(images))
+    forward = jax.jit(
+        lambda arrays, images: functional.merge(arrays, training=False)(images),
+        compiler_options=compiler_options(),
+    )
     jax.block_until_ready(forward(arrays, images))
     seconds = []
     for _ in range(10):

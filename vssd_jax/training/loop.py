@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from vssd_jax.errors import UserError
+from vssd_jax.host import compiler_options
 from vssd_jax.models.registry import find
 from vssd_jax.tasks import make_task
 from vssd_jax.training import optimizer as optim
@@ -156,6 +157,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
         ),
         donate_argnums=0,
         out_shardings=(shardings, replicated),
+        compiler_options=compiler_options(),
     )
 
     with (

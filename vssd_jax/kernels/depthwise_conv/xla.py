@@ -183,17 +183,21 @@ def _kernel_gradient_by_rows(x, dy, *, stride):
     """Adds up row by row: XLA's reduction over three axes is eight times slower on a CPU."""
     padded, acc = _pad(x), _acc(x)
     batch, height, width, channels = dy.shape
+    # Several rows at a time, so that a sum is read and written once for all of them. All rows at
+    # once would be no loop any more, and the compiler would reduce again.
+    together = max((n for n in range(2, min(height, 8)) if height % n == 0), default=1)
 
-    def add_row(row, sums):
-        g = jax.lax.dynamic_slice_in_dim(dy, row, 1, 1).astype(acc)
-        updated = []
-        for i in range(3):
-            pixels = jax.lax.dynamic_slice_in_dim(padded, stride * row + i, 1, 1).astype(acc)
-            for j in range(3):
-                last = j + stride * (width - 1) + 1
-                updated.append(sums[3 * i + j] + pixels[:, :, j:last:stride] * g)
-        return tuple(updated)
+    def add_rows(step, sums):
+        sums = list(sums)
+        for row in (together * step + n for n in range(together)):
+            g = jax.lax.dynamic_slice_in_dim(dy, row, 1, 1).astype(acc)
+            for i in range(3):
+                pixels = jax.lax.dynamic_slice_in_dim(padded, stride * row + i, 1, 1).astype(acc)
+                for j in range(3):
+                    last = j + stride * (width - 1) + 1
+                    sums[3 * i + j] += pixels[:, :, j:last:stride] * g
+        return tuple(sums)
 
     zero = jnp.zeros((batch, 1, width, channels), acc)
-    sums = jax.lax.fori_loop(0, height, add_row, (zero,) * 9)
+    sums = jax.lax.fori_loop(0, height // together, add_rows, (zero,) * 9)
     return jnp.stack([part.sum((0, 1, 2)) for part in sums]).reshape(3, 3, channels)
