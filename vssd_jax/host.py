@@ -35,16 +35,20 @@ def prepare_cpu() -> None:
 def compiler_options() -> dict[str, str]:
     """XLA's options for the programs of this project: `jax.jit(f, compiler_options=...)`.
 
-    On a CPU they take the convolutions, though not the matrix products, away from XLA's new library
-    YNNPACK: it is two to six times slower than XLA's own at them and takes fresh memory each time.
-    Empty on other devices, and with a version of XLA that does not know the library.
+    On a CPU they use vectors of 512 bits where there are any, and take the convolutions, though not
+    the matrix products, away from XLA's new library YNNPACK: it is two to six times slower than
+    XLA's own at them, and takes fresh memory each time.
+    Empty on other devices, and with a version of XLA that does not know them.
     """
     import jax
 
     if jax.default_backend() != "cpu":
         return {}
     kinds = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
-    options = {"xla_cpu_experimental_ynn_fusion_type": kinds}
+    options = {
+        "xla_cpu_experimental_ynn_fusion_type": kinds,
+        "xla_cpu_prefer_vector_width": "512",
+    }
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vssd_jax.kernels.linear import linear
+from vssd_jax.kernels.linear import MANY_ROWS, linear
 
 
-def arguments(with_bias, dtype):
+def arguments(with_bias, dtype, pixels=(5, 4)):
     rng = np.random.default_rng(0)
     wide = jnp.promote_types(dtype, jnp.float32)
-    x, dy = (jnp.asarray(rng.standard_normal((3, 5, 4, size)), dtype) for size in (24, 8))
+    x, dy = (jnp.asarray(rng.standard_normal((3, *pixels, size)), dtype) for size in (24, 8))
     kernel, bias = (jnp.asarray(rng.standard_normal(shape), wide) for shape in ((24, 8), (8,)))
     return (x, kernel, bias if with_bias else None), dy
 
@@ -21,14 +21,17 @@ def value_and_gradients(f, values, dy):
     return y, *jax.tree.leaves(vjp(dy))
 
 
+# So many pixels that a CPU takes other forms of the products.
+@pytest.mark.parametrize("pixels", [(5, 4), (48, 32)])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(jnp.float64, 1e-14), (jnp.float32, 1e-6), (jnp.bfloat16, 1e-2), (jnp.float16, 1.5e-3)],
 )
-def test_against_the_formula(with_bias, dtype, tolerance):
+def test_against_the_formula(pixels, with_bias, dtype, tolerance):
     with jax.enable_x64(True):
-        values, dy = arguments(with_bias, dtype)
+        values, dy = arguments(with_bias, dtype, pixels)
+        assert (values[0].size // 24 >= MANY_ROWS) == (pixels != (5, 4))
         wide = jax.tree.map(lambda t: t.astype(jnp.float64), (values, dy))
 
         def formula(x, kernel, bias):

@@ -85,8 +85,9 @@ def _backward(stride, activation, residual, relu_input, gradients, saved, dy):
         dconv = jnp.where(y > 0, dy, 0)
     elif activation is not None:
         # Nine multiply-adds again cost less than keeping the values before the activation; the
-        # compiler must not find them in the forward pass, in float32.
-        again = _convolve(_convolved(_written(x), relu_input), kernel, bias, stride)
+        # compiler must not find them, or parts of the activation, in the forward pass.
+        x = jax.lax.optimization_barrier(x)
+        again = _convolve(_convolved(x, relu_input), kernel, bias, stride)
         _, activation_vjp = jax.vjp(ACTIVATIONS[activation], again)
         (dconv,) = activation_vjp(dy.astype(_acc(x)))
         # All taps of both gradients read it: compute it once.

@@ -10,15 +10,31 @@ from vssd_jax.kernels.linear import linear
 from vssd_jax.kernels.residual import add_branch
 
 
-def gelu(x):
-    """Exact GELU by erf; `jax.nn.gelu` takes erfc, twice the work on a CPU, for far tails."""
-    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, in the dtype of `x`; computed in float32 at least."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+def _normal_cdf(x):
+    # By erf; `jax.nn.gelu` takes erfc, twice the work on a CPU, for far tails.
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_backward(x, dy):
+    # Computed again: the barrier keeps the compiler from saving erf besides `x`.
+    x = jax.lax.optimization_barrier(x)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
+    return ((_normal_cdf(wide) + wide * density) * dy).astype(x.dtype),
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def mlp(x, branch_weights, scale, bias, w1, b1, w2, b2, *, epsilon, implementation=None):
     """See `vssd_jax.kernels.mlp.api.mlp`; `implementation` is LayerNorm's."""
-    acc = jnp.promote_types(x.dtype, jnp.float32)
     normed = layer_norm(x, scale, bias, epsilon=epsilon, implementation=implementation)
-    hidden = linear(normed, w1, b1)
-    hidden = gelu(hidden.astype(acc)).astype(x.dtype)
+    hidden = gelu(linear(normed, w1, b1))
     return add_branch(x, linear(hidden, w2, b2), branch_weights)
