@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from benchmarks import common
 from vssd_jax.errors import UserError
+from vssd_jax.host import compiler_options
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
 from vssd_jax.kernels.dispatch import IMPLEMENTATIONS
@@ -92,6 +93,10 @@ def size(arrays) -> int:
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(arrays))
 
 
+def jit(f):
+    return jax.jit(f, compiler_options=compiler_options())
+
+
 def repeated(f, arguments, depth):
     def call():
         for _ in range(depth):
@@ -104,7 +109,7 @@ def repeated(f, arguments, depth):
 def bandwidth(options) -> float:
     """Bytes a second of `x + 1` on an array far larger than the caches."""
     x = jnp.zeros(2**28 if jax.default_backend() == "gpu" else 2**25, jnp.float32)
-    call = repeated(jax.jit(lambda x: x + 1), [x], options.depth)
+    call = repeated(jit(lambda x: x + 1), [x], options.depth)
     times = common.measure({"copy": call}, rounds=options.rounds, seconds=options.seconds)
     return 2 * size(x) * options.depth / statistics.median(times["copy"])
 
@@ -130,12 +135,12 @@ def main():
             for implementation in IMPLEMENTATIONS:
                 g = functools.partial(f, implementation=implementation)
                 if direction == "forward":
-                    call = repeated(jax.jit(g), arguments, options.depth)
+                    call = repeated(jit(g), arguments, options.depth)
                 else:
                     def gradient(dy, *arguments, g=g):
                         return jax.vjp(g, *arguments)[1](dy)
 
-                    call = repeated(jax.jit(gradient), [dy, *arguments], options.depth)
+                    call = repeated(jit(gradient), [dy, *arguments], options.depth)
                 try:
                     call()
                 except UserError:  # not on this device, or not for this operation

@@ -17,6 +17,7 @@ from absl import flags
 
 from benchmarks.common import report
 from configs.digits import get_config
+from vssd_jax.host import compiler_options
 from vssd_jax.tasks import make_task
 from vssd_jax.training import optimizer as optim
 from vssd_jax.training.checkpoints import Checkpoints
@@ -49,7 +50,9 @@ def main():
         key = jax.random.key(0)
         state = init_state(functional, optimizer, key)
         step = jax.jit(
-            make_train_step(functional, optimizer, task.loss, ema_decay=0.99), donate_argnums=0
+            make_train_step(functional, optimizer, task.loss, ema_decay=0.99),
+            donate_argnums=0,
+            compiler_options=compiler_options(),
         )
         mesh = make_mesh(config.mesh)
         batches = device_batches(task.train_batches(0), mesh)
