@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import triton as plgpu
 
 from tests.kernels.poison import poisoned
+from vssd_jax.errors import UserError
 from vssd_jax.kernels import tiles
 from vssd_jax.kernels.norm_linear import norm_linear, pallas, xla
 
@@ -75,3 +76,13 @@ def test_pallas_narrow(dtype, tolerance):
 @SIXTEEN_BITS
 def test_gpu(case, dtype, tolerance):
     compare(norm_linear, case, dtype, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "reason"), [("pallas", "needs an NVIDIA GPU"), ("triton", "no such kernel")]
+)
+def test_what_cannot_run_is_refused(implementation, reason):
+    shape, widths = CASES[1]
+    args, dtypes = arguments(shape, widths, jnp.float32), (jnp.float32,) * 2
+    with pytest.raises(UserError, match=reason):
+        norm_linear(*args, widths=widths, dtypes=dtypes, implementation=implementation)

@@ -30,11 +30,14 @@ def norm_linear(
       widths: columns of each result.
       dtypes: of each result; the products are accumulated in float32 at least.
       epsilon: of the LayerNorm.
-      implementation: "xla", or None for the device's best: on a GPU a kernel in inference, for 16
-        bits and few channels. Gradients are those of the operations one by one.
+      implementation: "xla", "pallas", or None for the device's best: on a GPU a kernel in
+        inference, for 16 bits and few channels. Gradients are those of the operations one by one.
 
     Returns:
       For each width an array (B, ..., width).
+
+    Raises:
+      UserError: if a forced implementation cannot run here.
     """
     options = {"widths": tuple(widths), "dtypes": tuple(dtypes), "epsilon": epsilon}
     other = dispatch.of_other_kernels(implementation)
@@ -46,7 +49,10 @@ def norm_linear(
 
         return here.lacks_triton() or pallas.supports(x)
 
-    if implementation == "xla" or reason(dispatch.target()):
+    if implementation is None and reason(dispatch.target()):
+        implementation = "xla"  # no news: the kernel is for the cases in which it is faster
+    reasons = {"pallas": reason, "triton": lambda here: "there is no such kernel"}
+    if dispatch.choose("LayerNorm and linear", implementation, reasons, automatic="pallas") == "xla":
         return plain(x, scale, bias, kernel)
     from vssd_jax.kernels.norm_linear import pallas
 
