@@ -52,7 +52,8 @@ def norm_linear(
     if implementation is None and reason(dispatch.target()):
         implementation = "xla"  # no news: the kernel is for the cases in which it is faster
     reasons = {"pallas": reason, "triton": lambda here: "there is no such kernel"}
-    if dispatch.choose("LayerNorm and linear", implementation, reasons, automatic="pallas") == "xla":
+    name = "the norm and linear layer"
+    if dispatch.choose(name, implementation, reasons, automatic="pallas") == "xla":
         return plain(x, scale, bias, kernel)
     from vssd_jax.kernels.norm_linear import pallas
 
