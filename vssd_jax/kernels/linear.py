@@ -37,8 +37,8 @@ def _forward(x, kernel, bias):
 def _backward(saved, dy):
     x, kernel, bias = saved
     acc, dy = jnp.promote_types(x.dtype, jnp.float32), _rows(dy)
-    dx = input_gradient(dy, kernel.astype(x.dtype)).reshape(x.shape)
-    dkernel = kernel_gradient(_rows(x), dy).astype(kernel.dtype)
+    dx = _input_gradient(dy, kernel.astype(x.dtype)).reshape(x.shape)
+    dkernel = _kernel_gradient(_rows(x), dy).astype(kernel.dtype)
     if bias is None:
         return dx, dkernel, None
     # The barrier keeps XLA from writing dy a second time, in float32, for the sum.
@@ -61,7 +61,7 @@ def _rows(x):
 MANY_ROWS = 4096
 
 
-def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
+def _input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
     """`dy kernel.T`: (R, D), (C, D) -> (R, C)."""
     kernel = kernel.T
     if dispatch.target().platform == "cpu" and len(dy) >= MANY_ROWS:
@@ -69,9 +69,9 @@ def input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.matmul(dy, kernel)
 
 
-def kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+def _kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     """`x.T dy`: (R, C), (R, D) -> (C, D), in float32 at least."""
     if dispatch.target().platform == "cpu" and len(x) >= MANY_ROWS and x.shape[1] > dy.shape[1]:
-        return jax.lax.optimization_barrier(kernel_gradient(dy, x)).T
+        return jax.lax.optimization_barrier(_kernel_gradient(dy, x)).T
     acc = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.matmul(x.T, dy, preferred_element_type=acc)
