@@ -21,6 +21,10 @@ def pytest_configure(config):
     # Before jax is imported, by the first test module.
     if config.option.markexpr == "gpu":
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # test processes share the memory
+        import jax
+
+        if jax.default_backend() != "gpu":
+            pytest.exit("`pytest -m gpu` needs a GPU that JAX finds", returncode=2)
     else:
         os.environ["JAX_PLATFORMS"] = "cpu"
 
