@@ -36,7 +36,7 @@ def compiler_options() -> dict[str, str]:
     """XLA's options for the programs of this project: `jax.jit(f, compiler_options=...)`.
 
     On a CPU they use vectors of 512 bits where there are any, and take the convolutions, though not
-    the matrix products, away from XLA's new library YNNPACK: it is up to six times slower than
+    the matrix products, away from XLA's new library YNNPACK: it is up to four times slower than
     XLA's own at them, and takes fresh memory each time. Empty on other devices, and with a version
     of XLA that does not know them.
     """

@@ -55,9 +55,9 @@ def _rows(x):
     return x.reshape(-1, x.shape[-1])
 
 
-# On a CPU, XLA's products are slow in some forms: by a third to a half with a transposed wide
-# matrix on the right, or with the wider of two matrices transposed on the left. Another form costs
-# a transposition of the weights, which pays for many rows. The barrier keeps XLA from undoing it.
+# On a CPU, XLA's products are slow in some forms: by a quarter with a transposed wide matrix on the
+# right, by half with the wider of two matrices transposed on the left. Another form costs a
+# transposition of the weights, which pays for many rows. The barrier keeps XLA from undoing it.
 MANY_ROWS = 4096
 
 
