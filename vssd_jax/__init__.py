@@ -8,7 +8,7 @@ __all__ = ["UserError", "create_model", "list_models"]
 def __getattr__(name):
     # Late, because the input pipeline's worker processes import this package without jax.
     if name in ("create_model", "list_models"):
-        from vssd_jax.models import registry
+        from vssd_jax import factory
 
-        return getattr(registry, name)
+        return getattr(factory, name)
     raise AttributeError(f"module 'vssd_jax' has no attribute {name!r}")

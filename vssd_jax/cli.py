@@ -43,7 +43,7 @@ def join_processes() -> None:
         raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT")
     elif not given.distributed:
         return
-    from vssd_jax.training import distributed
+    from vssd_jax import distributed
 
     distributed.initialize(given.coordinator, given.num_processes, given.process_id)
 
@@ -113,7 +113,7 @@ def run(main: Callable[[], None]) -> None:
         except Exception as error:
             if "jax" not in sys.modules:
                 raise
-            from vssd_jax.training import distributed
+            from vssd_jax import distributed
 
             line = distributed.failure(error)
             if line is None:

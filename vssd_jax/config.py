@@ -155,3 +155,8 @@ def imagenet_config() -> ml_collections.ConfigDict:
     config.mesa_start_epoch = 75
     config.log_every_steps = 100
     return config
+
+
+def total_steps(config: ml_collections.ConfigDict, steps_per_epoch: int) -> int:
+    """Of the whole run: `config.steps`, or `config.epochs` in steps."""
+    return config.steps or config.epochs * steps_per_epoch

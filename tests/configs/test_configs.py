@@ -15,8 +15,8 @@ import sys
 import pytest
 
 from vssd_jax.data.transforms import TrainTransform
+from vssd_jax.models.family import make_config
 from vssd_jax.models.mask_rcnn import MaskRCNNConfig
-from vssd_jax.models.registry import make_config
 from vssd_jax.models.vssd import VSSDConfig
 from vssd_jax.training.optimizer import make_schedule
 

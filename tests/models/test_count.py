@@ -4,7 +4,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.torch_reference import create_model as torch_model
-from vssd_jax.models import registry
+from vssd_jax.models import family
 from vssd_jax.models.count import count_multiply_adds, count_parameters
 
 
@@ -18,7 +18,7 @@ from vssd_jax.models.count import count_multiply_adds, count_parameters
     ],
 )
 def test_the_papers_models(name, parameters, multiply_adds):
-    model = registry.abstract(lambda rngs: registry.build(name, rngs=rngs))
+    model = family.abstract(lambda rngs: family.build(name, rngs=rngs))
     assert count_parameters(model) == parameters
     assert count_multiply_adds(model, (224, 224)) == pytest.approx(multiply_adds, rel=2e-4)
 
@@ -33,14 +33,14 @@ DETECTORS = {
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_parameters_of_the_papers_detectors(name):
-    model = registry.abstract(lambda rngs: registry.build(name, rngs=rngs))
+    model = family.abstract(lambda rngs: family.build(name, rngs=rngs))
     assert count_parameters(model) == DETECTORS[name][0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DETECTORS)
 def test_multiply_adds_of_the_papers_detectors(name):
-    model = registry.abstract(lambda rngs: registry.build(name, rngs=rngs))
+    model = family.abstract(lambda rngs: family.build(name, rngs=rngs))
     assert count_multiply_adds(model, (800, 1280)) == pytest.approx(DETECTORS[name][1], rel=2e-4)
 
 
@@ -48,7 +48,7 @@ def test_multiply_adds_of_the_papers_detectors(name):
     "options", [{}, {"expand": 1}, {"mixers": ("attention",) * 4}, {"downsample": "patch"}]
 )
 def test_as_pytorch_counts(options):
-    model = registry.abstract(lambda rngs: registry.build("vssd_nano", rngs=rngs, **options))
+    model = family.abstract(lambda rngs: family.build("vssd_nano", rngs=rngs, **options))
     reference = torch_model("vssd_nano", num_classes=1000, **options).eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # products in sight

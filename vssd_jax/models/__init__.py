@@ -1,1 +1,1 @@
-"""The networks: vssd.py is the backbone and classifier; registry.py creates them by name."""
+"""The networks: vssd.py is the backbone and classifier; family.py creates them by name."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend import core
 
-from vssd_jax.models.registry import abstract
+from vssd_jax.models.family import abstract
 from vssd_jax.models.vssd import VSSD, DepthwiseConv
 
 UNCOUNTED = ("interpolation", "channel_sum")
@@ -27,7 +27,7 @@ def count_multiply_adds(model: nnx.Module, image_size: tuple[int, int]) -> int:
     that interpolate or stand for a sum are in a `jax.named_scope` of `UNCOUNTED`.
 
     Args:
-      model: one that `vssd_jax.models.registry.build` makes; its arrays are not used.
+      model: one that `vssd_jax.models.family.build` makes; its arrays are not used.
       image_size: height and width of the image.
     """
     # Kernels would hide their products.

@@ -9,8 +9,7 @@ given for), `train_size`, `train_batches(start_step)`, `eval_batches()`, `build(
 
 import os
 
-from vssd_jax.errors import UserError
-from vssd_jax.models.registry import did_you_mean
+from vssd_jax.errors import UserError, did_you_mean
 
 TASKS = ("classification", "detection", "segmentation")
 

@@ -12,11 +12,9 @@ from flax import nnx
 
 from vssd_jax.data import pipeline
 from vssd_jax.data.decode import DecodedSource
-from vssd_jax.errors import UserError
-from vssd_jax.models import registry
-from vssd_jax.tasks import common
-from vssd_jax.training import image_ops
-from vssd_jax.training.mixup import mixup_cutmix
+from vssd_jax.errors import UserError, did_you_mean
+from vssd_jax.tasks import common, device_transforms
+from vssd_jax.tasks.mixup import mixup_cutmix
 
 DATASETS = ("digits", "imagenet2012")
 
@@ -30,7 +28,7 @@ class Classification:
     def __init__(self, config: ml_collections.ConfigDict):
         self.config = config
         if config.dataset not in DATASETS:
-            near = registry.did_you_mean(config.dataset, DATASETS)
+            near = did_you_mean(config.dataset, DATASETS)
             raise UserError(f"unknown dataset {config.dataset!r}{near}")
 
     @property
@@ -112,9 +110,9 @@ class Classification:
     def loss(self, model, batch, *, step, rngs, teacher):
         """Cross-entropy with mixed and smoothed labels, and MESA's to the averaged model."""
         config = self.config
-        images = image_ops.normalize(batch["image"])
+        images = device_transforms.normalize(batch["image"])
         if "erase" in batch:
-            images = image_ops.erase(rngs.erase(), images, batch["erase"])
+            images = device_transforms.erase(rngs.erase(), images, batch["erase"])
         images, targets = mixup_cutmix(
             rngs.mixup(),
             images,
@@ -147,7 +145,7 @@ class Classification:
 
     def eval_step(self, model, batch) -> dict:
         """Sums over the images of a batch, without padding and unreadable ones."""
-        logits = model(image_ops.normalize(batch["image"]))
+        logits = model(device_transforms.normalize(batch["image"]))
         replaced = batch["replaced"].astype(bool)  # its neighbour counts in its own place
         valid = batch["valid"] & ~replaced
         rank = label_rank(logits, batch["label"])

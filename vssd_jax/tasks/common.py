@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from vssd_jax.models import registry
+from vssd_jax.models import family
 
 
 def build(config: ml_collections.ConfigDict, num_classes: int, rngs: nnx.Rngs) -> nnx.Module:
     """The fresh model that a config describes, in training mode."""
-    return registry.build(
+    return family.build(
         config.model,
         num_classes=num_classes,
         dtype=jnp.dtype(config.dtype),

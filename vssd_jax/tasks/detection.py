@@ -10,13 +10,12 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from vssd_jax.config import total_steps
 from vssd_jax.data import coco, pipeline
-from vssd_jax.errors import UserError
-from vssd_jax.models import registry
+from vssd_jax.distributed import say
+from vssd_jax.errors import UserError, did_you_mean
 from vssd_jax.models.mask_rcnn import Detections
 from vssd_jax.tasks import coco_metrics, common
-from vssd_jax.training.distributed import say
-from vssd_jax.training.optimizer import total_steps
 
 DATASETS = ("coco", "digits_detection")
 
@@ -40,7 +39,7 @@ class Detection:
     ):
         self.config = config
         if config.dataset not in DATASETS:
-            near = registry.did_you_mean(config.dataset, DATASETS)
+            near = did_you_mean(config.dataset, DATASETS)
             raise UserError(f"unknown dataset {config.dataset!r}{near}")
         if config.exact_padding and config.eval_batch_size != 1:
             raise UserError(

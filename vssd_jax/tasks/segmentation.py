@@ -12,8 +12,7 @@ from flax import nnx
 
 from vssd_jax.data import ade20k, digits_segmentation, pipeline
 from vssd_jax.data.segmentation_pictures import save_prediction
-from vssd_jax.errors import UserError
-from vssd_jax.models import registry
+from vssd_jax.errors import UserError, did_you_mean
 from vssd_jax.tasks import common
 from vssd_jax.tasks import segmentation_metrics as metrics
 
@@ -42,7 +41,7 @@ class Segmentation:
     ):
         self.config = config
         if config.dataset not in CLASSES:
-            near = registry.did_you_mean(config.dataset, tuple(CLASSES))
+            near = did_you_mean(config.dataset, tuple(CLASSES))
             raise UserError(f"unknown dataset {config.dataset!r}{near}")
         self.table = None
         self._class_names = CLASSES[config.dataset]

@@ -28,8 +28,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
+from vssd_jax.distributed import failure, is_main
 from vssd_jax.errors import UserError
-from vssd_jax.training.distributed import failure, is_main
 from vssd_jax.training.state import TrainState
 
 _FOLDER = "checkpoints"

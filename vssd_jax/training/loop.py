@@ -16,15 +16,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from vssd_jax.config import total_steps
+from vssd_jax.distributed import is_main, say
 from vssd_jax.errors import UserError
 from vssd_jax.host import compiler_options
-from vssd_jax.models.registry import find
+from vssd_jax.models.family import find
 from vssd_jax.tasks import make_task
 from vssd_jax.training import optimizer as optim
 from vssd_jax.training import report
 from vssd_jax.training import workdir as folders
 from vssd_jax.training.checkpoints import Checkpoints
-from vssd_jax.training.distributed import is_main, say
 from vssd_jax.training.evaluation import Evaluator
 from vssd_jax.training.metrics import MetricWriter
 from vssd_jax.training.sharding import check_batch, device_batches, make_mesh, state_shardings
@@ -131,7 +132,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> dict
         )
     functional = Functional(task.build)
     evaluate = Evaluator(task, functional, mesh)
-    total = optim.total_steps(config, steps_per_epoch)
+    total = total_steps(config, steps_per_epoch)
     eval_every = config.eval_every_epochs * steps_per_epoch
     profiled = _profiled_steps(config.profile_steps)
     schedule = optim.make_schedule(config, steps_per_epoch)

@@ -6,7 +6,7 @@ import pathlib
 
 from tensorboardX import SummaryWriter
 
-from vssd_jax.training.distributed import is_main
+from vssd_jax.distributed import is_main
 
 
 def read_metrics(workdir: str | pathlib.Path) -> list[dict]:

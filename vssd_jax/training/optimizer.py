@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from vssd_jax.errors import UserError
-from vssd_jax.models.registry import did_you_mean
+from vssd_jax.config import total_steps
+from vssd_jax.errors import UserError, did_you_mean
 
 
 def make_schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
@@ -38,11 +38,6 @@ def make_schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> op
         after = optax.join_schedules([optax.linear_schedule(start, peak, warmup), after], [warmup])
     # In float64 where that is on: optax divides an int32 step in float32.
     return lambda step: after(jnp.asarray(step, float))
-
-
-def total_steps(config: ml_collections.ConfigDict, steps_per_epoch: int) -> int:
-    """Of the whole run: `config.steps`, or `config.epochs` in steps."""
-    return config.steps or config.epochs * steps_per_epoch
 
 
 def decay_mask(params: dict, no_decay: str) -> dict:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vssd_jax.models.registry import abstract
+from vssd_jax.models.family import abstract
 
 Arrays = dict[str, jax.Array]
 

@@ -9,8 +9,8 @@ import shutil
 import socket
 from collections.abc import Iterator
 
+from vssd_jax.distributed import is_main, say
 from vssd_jax.errors import UserError
-from vssd_jax.training.distributed import is_main, say
 
 
 @contextlib.contextmanager

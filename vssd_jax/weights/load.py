@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from vssd_jax.errors import UserError
-from vssd_jax.models import registry
+from vssd_jax.models import family
 from vssd_jax.weights import names, state
 from vssd_jax.weights.folder import Weights, check_dtypes, read_arrays, read_folder
 from vssd_jax.weights.torch_file import read_torch_file, select_state_dict
@@ -50,7 +50,7 @@ def load(
     """
     source = os.fspath(source)
     if model is not None:
-        registry.find(model)
+        family.find(model)
     path = _download(source) if source.startswith("hf://") else Path(source)
     overrides = dict(overrides or {})
     try:
@@ -127,8 +127,8 @@ def _download(uri: str) -> Path:
 
 def _classifier(model: str, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Name and overrides of the classifier that `model` has as its backbone."""
-    name = f"vssd_{registry.find(model)[1]}"
-    fields = registry.architecture(registry.make_config(name))
+    name = f"vssd_{family.find(model)[1]}"
+    fields = family.architecture(family.make_config(name))
     return name, {field: value for field, value in overrides.items() if field in fields}
 
 
@@ -137,8 +137,8 @@ def _table(model: str):
 
 
 def _abstract(name, num_classes, overrides) -> nnx.Module:
-    return registry.abstract(
-        lambda rngs: registry.build(name, num_classes=num_classes, rngs=rngs, **overrides)
+    return family.abstract(
+        lambda rngs: family.build(name, num_classes=num_classes, rngs=rngs, **overrides)
     )
 
 
@@ -148,12 +148,12 @@ def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
 
 def _check_agreement(weights: Weights, model: str | None, overrides: Mapping[str, Any]) -> None:
     """A folder knows its model: what the caller asks for must not contradict it."""
-    registry.find(weights.model)
+    family.find(weights.model)
     if model not in (None, weights.model):
         raise UserError(f"the weights are those of {weights.model}, not of {model}")
-    here = registry.architecture(registry.make_config(weights.model, **weights.overrides))
-    asked = registry.architecture(
-        registry.make_config(weights.model, **(weights.overrides | dict(overrides)))
+    here = family.architecture(family.make_config(weights.model, **weights.overrides))
+    asked = family.architecture(
+        family.make_config(weights.model, **(weights.overrides | dict(overrides)))
     )
     _check_equal(here, asked)
 
@@ -227,21 +227,21 @@ def recognise(
         return tensors[name].shape[axis]
 
     if any(name.startswith(("rpn_head.", "roi_head.")) for name in tensors):
-        family, prefix = "mask_rcnn_vssd_", "backbone."
+        kind, prefix = "mask_rcnn_vssd_", "backbone."
         heads = {
             "fpn_channels": size("neck.lateral_convs.0.conv.weight"),
             "box_channels": size("roi_head.bbox_head.shared_fcs.0.weight"),
         }
         num_classes = size("roi_head.bbox_head.fc_cls.weight") - 1
     elif any(name.startswith("decode_head.") for name in tensors):
-        family, prefix = "upernet_vssd_", "backbone."
+        kind, prefix = "upernet_vssd_", "backbone."
         heads = {
             "channels": size("decode_head.bottleneck.conv.weight"),
             "aux_channels": size("auxiliary_head.convs.0.conv.weight"),
         }
         num_classes = size("decode_head.conv_seg.weight")
     else:
-        family, prefix, heads = "vssd_", "", {}
+        kind, prefix, heads = "vssd_", "", {}
         num_classes = size("head.weight")
 
     stem = "patch" if f"{prefix}patch_embed.norm.weight" in tensors else "conv"
@@ -260,24 +260,24 @@ def recognise(
 
     same = [
         name
-        for name in registry.list_models()
-        if name.startswith(family)
+        for name in family.list_models()
+        if name.startswith(kind)
         and all(
-            registry.architecture(registry.make_config(name))[field] == visible[field]
+            family.architecture(family.make_config(name))[field] == visible[field]
             for field in ("embed_dim", "depths")
         )
     ]
     found = (
         same[0]
         if same
-        else f"a {family[:-1]} with {visible['embed_dim']} channels and "
+        else f"a {kind[:-1]} with {visible['embed_dim']} channels and "
         + (f"{visible['depths']} blocks")
     )
     if model is None and not same:
         raise UserError(f"the tensors are those of {found}, which no known model has; name one")
     model = model or found
-    known = registry.architecture(registry.make_config(model, **overrides))
-    if not model.startswith(family) or any(
+    known = family.architecture(family.make_config(model, **overrides))
+    if not model.startswith(kind) or any(
         known[field] != visible[field] for field in ("embed_dim", "depths")
     ):
         raise UserError(f"the tensors are those of {found}, not of {model}")
@@ -300,7 +300,7 @@ def recognise(
     _check_equal({field: value for field, value in visible.items() if field in overrides}, known)
     told = {field: value for field, value in visible.items() if value != known[field]}
     try:
-        registry.make_config(model, **(dict(overrides) | told))
+        family.make_config(model, **(dict(overrides) | told))
     except UserError:  # damaged: compared with what is known, its tensors can be named
         told = {}
     return model, num_classes, dict(overrides) | told

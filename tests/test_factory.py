@@ -9,7 +9,7 @@ from flax import nnx
 
 import vssd_jax
 from tests.golden import synthetic
-from vssd_jax.models import registry
+from vssd_jax.models import family
 from vssd_jax.weights.folder import Weights, write_folder
 from vssd_jax.weights.state import get_state, shapes
 
@@ -20,9 +20,9 @@ def logits(model, images=IMAGES):
     return np.asarray(nnx.jit(lambda model, images: model(images))(model, images))
 
 
-@pytest.mark.parametrize("name", registry.list_models())
+@pytest.mark.parametrize("name", family.list_models())
 def test_every_model_builds(name):
-    model = registry.abstract(lambda rngs: registry.build(name, rngs=rngs))
+    model = family.abstract(lambda rngs: family.build(name, rngs=rngs))
     assert shapes(model)
 
 
@@ -57,9 +57,9 @@ def test_initial_values_are_independent_and_follow_their_distributions():
 
 
 def test_tracing_and_building_agree(model):
-    traced = nnx.eval_shape(lambda: registry.build("vssd_nano", num_classes=10, rngs=nnx.Rngs(0)))
-    abstract = registry.abstract(
-        lambda rngs: registry.build("vssd_nano", num_classes=10, rngs=rngs)
+    traced = nnx.eval_shape(lambda: family.build("vssd_nano", num_classes=10, rngs=nnx.Rngs(0)))
+    abstract = family.abstract(
+        lambda rngs: family.build("vssd_nano", num_classes=10, rngs=rngs)
     )
     for other in (traced, abstract):
         assert shapes(other) == shapes(model)
@@ -71,14 +71,14 @@ def test_evaluation_and_training_mode(model):
     mean = np.array(model.stem.conv1.norm.mean[...])
     model.stem(IMAGES)
     np.testing.assert_array_equal(mean, model.stem.conv1.norm.mean[...])
-    fresh = registry.build("vssd_nano", num_classes=10, rngs=nnx.Rngs(0))
+    fresh = family.build("vssd_nano", num_classes=10, rngs=nnx.Rngs(0))
     fresh.stem(IMAGES)
     assert not np.array_equal(mean, fresh.stem.conv1.norm.mean[...])
 
 
 def test_dtype_and_overrides():
-    model = registry.abstract(
-        lambda rngs: registry.build(
+    model = family.abstract(
+        lambda rngs: family.build(
             "vssd_tiny", num_classes=5, dtype=jnp.bfloat16, drop_path=0.3, rngs=rngs
         )
     )
@@ -164,8 +164,8 @@ def test_creating_a_model_needs_only_jax_flax_numpy():
     code = (
         "import sys\n"
         f"for name in {banned}: sys.modules[name] = None\n"
-        "import vssd_jax.models.registry as registry\n"
-        "registry.abstract(lambda rngs: registry.build('vssd_nano', rngs=rngs))\n"
+        "import vssd_jax.models.family as family\n"
+        "family.abstract(lambda rngs: family.build('vssd_nano', rngs=rngs))\n"
         "assert 'vssd_jax.weights.load' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from vssd_jax.training.mixup import mixup_cutmix, soft_targets
+from vssd_jax.tasks.mixup import mixup_cutmix, soft_targets
 
 N = 2000
 SIZE = 24
@@ -124,7 +124,7 @@ def test_without_mixing_only_the_targets_are_smoothed():
 SHARDED = """
 import functools, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from vssd_jax.training.mixup import mixup_cutmix
+from vssd_jax.tasks.mixup import mixup_cutmix
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 sharding = NamedSharding(mesh, PartitionSpec("data"))
 labels = np.arange(8)

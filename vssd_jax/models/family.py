@@ -1,8 +1,6 @@
 """Models by name."""
 
 import dataclasses
-import difflib
-import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vssd_jax.errors import UserError
+from vssd_jax.errors import UserError, did_you_mean
 from vssd_jax.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
 from vssd_jax.models.upernet import UperNet, UperNetConfig
 from vssd_jax.models.vssd import VSSD, VSSDConfig
-from vssd_jax.weights.state import set_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,67 +150,3 @@ def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
         return make(types.SimpleNamespace(params=lambda: key))
 
     return nnx.eval_shape(traced, jax.random.key(0))
-
-
-def create_model(
-    name: str,
-    *,
-    weights: str | os.PathLike | None = None,
-    num_classes: int | None = None,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-    implementation: str | None = None,
-    seed: int = 0,
-    **overrides: Any,
-) -> nnx.Module:
-    """A model in evaluation mode.
-
-    Args:
-      name: one of `list_models()`.
-      weights: a weights folder, a PyTorch `.pth` file, a `.safetensors` file or
-        `hf://owner/repo/file`; None leaves the initialisation of `seed`.
-      num_classes: size of the classifier; the default is that of the weights, else the
-        dataset's of the paper (1000). If it differs from the weights', the classifier stays fresh.
-      dtype: of the activations, float32 or bfloat16; parameters are float32.
-      implementation: of the kernels: None (the best for the device), "xla", "pallas", "triton".
-      seed: of the initialisation.
-      **overrides: fields of the model's config, see `VSSDConfig`.
-
-    Raises:
-      UserError: unknown names and options, and weights that do not fit.
-    """
-    if weights is not None:
-        from vssd_jax.weights.load import load
-
-        loaded = load(weights, model=name, overrides=overrides)
-        overrides = loaded.overrides | overrides
-        given, num_classes = num_classes, num_classes or loaded.num_classes
-
-    def make(rngs):
-        return build(
-            name,
-            num_classes=num_classes,
-            dtype=dtype,
-            implementation=implementation,
-            rngs=rngs,
-            **overrides,
-        )
-
-    if weights is None:
-        model = make(nnx.Rngs(seed))
-    elif given in (None, loaded.num_classes):
-        model = abstract(make)
-        set_state(model, loaded.params)
-    else:
-        model = make(nnx.Rngs(seed))
-        classifier = find(name)[0].classifier
-        set_state(
-            model, loaded.params, fresh=[n for n in loaded.params if n.startswith(classifier)]
-        )
-    model.eval()
-    return model
-
-
-def did_you_mean(word: str, choices) -> str:
-    """A hint for an error message: the nearest of `choices`, or all of them."""
-    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(choices)}"
