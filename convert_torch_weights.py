@@ -28,7 +28,7 @@ OVERRIDES = flags.DEFINE_string(
 REVERSE = flags.DEFINE_bool("reverse", False, "Write a .pth file with PyTorch's names.")
 
 
-def main():
+def main() -> None:
     if INPUT.value is None or OUTPUT.value is None:
         raise UserError("--input and --output are needed; see --help")
     try:

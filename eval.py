@@ -25,13 +25,13 @@ SAVE = flags.DEFINE_string(
 )
 
 
-def main():
+def main() -> None:
     config = cli.load_config()
     cli.join_processes()
     if WEIGHTS.value is None:
         raise UserError("--weights is missing; see --help")
     from vssd_jax.host import prepare_cpu
-    from vssd_jax.training.evaluation import evaluate_weights
+    from vssd_jax.inference.evaluation import evaluate_weights
 
     prepare_cpu()
     results = evaluate_weights(

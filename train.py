@@ -12,14 +12,15 @@ cli.define_processes()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config's name>.")
 
 
-def main():
+def main() -> None:
     config = cli.load_config()
     cli.join_processes()
     from vssd_jax.host import prepare_cpu
+    from vssd_jax.tasks import make_task
     from vssd_jax.training.loop import train
 
     prepare_cpu()
-    train(config, WORKDIR.value or f"runs/{cli.config_name()}")
+    train(make_task(config), config, WORKDIR.value or f"runs/{cli.config_name()}")
 
 
 if __name__ == "__main__":

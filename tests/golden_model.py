@@ -9,7 +9,7 @@ from flax import nnx
 
 from tests.golden.synthetic import synthetic_images, synthetic_state_dict
 from vssd_jax.models.vssd import VSSD, VSSDConfig
-from vssd_jax.weights import names, state
+from vssd_jax.weights import state
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

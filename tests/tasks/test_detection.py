@@ -12,6 +12,7 @@ from absl import flags
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from vssd_jax.training.evaluation import evaluate_weights
 
 from configs import digits_detection as digits_config
 from tests.conftest import ROOT
@@ -22,7 +23,6 @@ from vssd_jax.errors import UserError
 from vssd_jax.tasks import make_task
 from vssd_jax.tasks.coco_metrics import NUMBERS
 from vssd_jax.tasks.detection import Detection
-from vssd_jax.training.evaluation import evaluate_weights
 from vssd_jax.training.loop import train
 from vssd_jax.training.metrics import read_metrics
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
+from vssd_jax.training.evaluation import evaluate_weights
 
 from configs import upernet
 from tests.conftest import ROOT
@@ -19,7 +20,6 @@ from vssd_jax import UserError, create_model
 from vssd_jax.data import ade20k
 from vssd_jax.tasks import segmentation_metrics as metrics
 from vssd_jax.tasks.segmentation import Segmentation
-from vssd_jax.training.evaluation import evaluate_weights
 from vssd_jax.training.loop import train
 from vssd_jax.training.metrics import read_metrics
 from vssd_jax.weights.folder import Weights, write_folder

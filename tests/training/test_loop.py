@@ -11,6 +11,7 @@ import optax
 import pytest
 import scipy.special
 from absl import flags
+from vssd_jax.training.evaluation import evaluate_weights
 
 from configs.digits import get_config
 from tests.conftest import GOLDEN, ROOT
@@ -24,7 +25,6 @@ from vssd_jax.tasks import classification, make_task
 from vssd_jax.tasks.classification import Classification
 from vssd_jax.training import loop
 from vssd_jax.training.checkpoints import read_ema
-from vssd_jax.training.evaluation import evaluate_weights
 from vssd_jax.training.loop import pretrained, train
 from vssd_jax.training.metrics import read_metrics
 from vssd_jax.training.state import Functional, init_state

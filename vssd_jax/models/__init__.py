@@ -1,1 +1,3 @@
-"""The networks: vssd.py is the backbone and classifier; family.py creates them by name."""
+"""The networks. Importing the package registers the families of models that it holds."""
+
+from vssd_jax.models import mask_rcnn, upernet, vssd  # noqa: F401

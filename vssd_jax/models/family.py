@@ -1,18 +1,82 @@
-"""Models by name."""
+"""Models by name: what a model file declares of its models, and how they are made.
+
+A family is a kind of model in several sizes: `vssd_nano`, `vssd_tiny`, ... Each model file
+registers its own; a file outside of this package may register more.
+"""
 
 import dataclasses
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from vssd_jax.errors import UserError, did_you_mean
-from vssd_jax.models.mask_rcnn import MaskRCNN, MaskRCNNConfig
-from vssd_jax.models.upernet import UperNet, UperNetConfig
-from vssd_jax.models.vssd import VSSD, VSSDConfig
+from vssd_jax.models.torch_names import Table, TensorShapes
+
+
+class Backbone(Protocol):
+    """All that a detector, a segmentor or a picture of features knows of a backbone.
+
+    Attributes:
+      widths: channels of each feature map, from fine to coarse.
+      strides: pixels of the image per cell of each map.
+    """
+
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def feature_maps(
+        self, images: jax.Array, rngs: nnx.Rngs | None = None
+    ) -> list[jax.Array]:
+        """(B, H, W, 3) normalised images -> maps (B, ceil(H/s), ceil(W/s), width), any H and W.
+
+        `rngs` has the `dropout` stream, which a backbone with drop path needs in training.
+        """
+        ...
+
+
+class BackboneConfig(Protocol):
+    """A dataclass with the fields of a backbone."""
+
+    def make_backbone(
+        self,
+        *,
+        dtype: jax.typing.DTypeLike,
+        remat: bool,
+        implementation: str | None,
+        rngs: nnx.Rngs,
+    ) -> Backbone:
+        """The backbone; the arguments are those of `build`."""
+        ...
+
+
+class Recognised(NamedTuple):
+    """What the shapes of a PyTorch state dict say of its model.
+
+    Attributes:
+      num_classes: the size of the classifier.
+      fields: the config's fields that the shapes show.
+    """
+
+    num_classes: int
+    fields: dict[str, Any]
+
+
+# `recognise_backbone(shapes, known, given)` gives the fields of the config that the shapes of a
+# PyTorch state dict show. It is called twice: first with `known` None, when only the fields that
+# tell the variants apart are needed; then `known` has all fields of the config as they are known so
+# far, and `given` the names of those that the user gave. They decide where shapes alone do not: of
+# two fields perhaps only the product shows. Damaged tensors are a UserError.
+BackboneRecogniser = Callable[
+    [TensorShapes, Mapping[str, Any] | None, Collection[str]], dict[str, Any]
+]
+# The same for a whole model; None if the state dict is not one of the family.
+Recogniser = Callable[
+    [TensorShapes, Mapping[str, Any] | None, Collection[str]], Recognised | None
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,62 +84,73 @@ class Family:
     """Models that differ in their config alone.
 
     Attributes:
+      prefix: what the models' names begin with; the variant follows.
+      variants: the variant's name -> a function that makes its config, a frozen dataclass. The
+        config of a model with a backbone has a field `backbone`, a `BackboneConfig`.
       module: called with (config, num_classes=, dtype=, remat=, implementation=, rngs=).
-      config: a dataclass with a classmethod for each variant.
-      variants: what stands behind the prefix in the models' names.
       num_classes: the default; None leaves it to the config.
       classifier: how the names of the parameters start whose shapes follow num_classes.
+      torch_table: PyTorch's names of the parameters.
+      recognise: whether a PyTorch state dict is one of these models, and of what shape.
+      telling: the fields whose values tell the variants apart.
+      recognise_backbone: the same for the model as a part of another, if it can be a backbone.
+      training_fields: the config's fields that change nothing but training.
+      backbone: the family of classifiers whose weights may start the backbone, if there is one.
     """
 
+    prefix: str
+    variants: Mapping[str, Callable[[], Any]]
     module: Callable[..., nnx.Module]
-    config: type
-    variants: tuple[str, ...]
     num_classes: int | None
     classifier: tuple[str, ...]
+    torch_table: Table
+    recognise: Recogniser
+    telling: tuple[str, ...]
+    recognise_backbone: BackboneRecogniser | None = None
+    training_fields: tuple[str, ...] = ()
+    backbone: "Family | None" = None
 
 
-FAMILIES = {
-    "vssd_": Family(VSSD, VSSDConfig, ("nano", "micro", "tiny", "small", "base"), 1000, ("head.",)),
-    "mask_rcnn_vssd_": Family(
-        MaskRCNN,
-        MaskRCNNConfig,
-        ("nano", "micro", "tiny", "small"),
-        None,
-        ("box_head.cls.", "box_head.reg.", "mask_head.logits."),
-    ),
-    "upernet_vssd_": Family(
-        UperNet,
-        UperNetConfig,
-        ("nano", "micro", "tiny", "small"),
-        None,
-        ("decode_head.classifier.", "auxiliary_head.classifier."),
-    ),
-}
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Makes the models of a family known by name; returns the family."""
+    _FAMILIES[family.prefix] = family
+    return family
+
+
+def families() -> list[Family]:
+    return list(_FAMILIES.values())
 
 
 def list_models() -> list[str]:
     """The names that `create_model` knows."""
-    return [prefix + name for prefix, family in FAMILIES.items() for name in family.variants]
+    return [family.prefix + name for family in families() for name in family.variants]
 
 
 def find(name: str) -> tuple[Family, str]:
     """The family and variant of a model's name; a UserError if there is none."""
-    if name not in list_models():
-        raise UserError(f"unknown model {name!r}{did_you_mean(name, list_models())}")
-    prefix, _, variant = name.rpartition("_")
-    return FAMILIES[prefix + "_"], variant
+    for family in families():
+        variant = name.removeprefix(family.prefix)
+        if name.startswith(family.prefix) and variant in family.variants:
+            return family, variant
+    raise UserError(f"unknown model {name!r}{did_you_mean(name, list_models())}")
 
 
-def make_config(name: str, **overrides: Any):
+# --- Configs ------------------------------------------------------------------------------------
+
+
+def make_config(name: str, **overrides: Any) -> Any:
     """The config of a model by name, with some fields of it or of its backbone replaced.
 
     Raises:
       UserError: unknown models and fields, and values that the config refuses.
     """
     family, variant = find(name)
-    config = getattr(family.config, variant)()
+    config = family.variants[variant]()
 
-    def fields(config) -> set[str]:
+    def fields(config: Any) -> set[str]:
         return {field.name for field in dataclasses.fields(config)}
 
     own = fields(config) - {"backbone", "num_classes"}
@@ -94,24 +169,27 @@ def make_config(name: str, **overrides: Any):
             config = dataclasses.replace(
                 config, backbone=dataclasses.replace(config.backbone, **backbone)
             )
-        own = {key: value for key, value in overrides.items() if key in own}
-        return dataclasses.replace(config, **own)
+        changes = {key: value for key, value in overrides.items() if key in own}
+        return dataclasses.replace(config, **changes)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{name}: {error}") from error
 
 
-def _alike(value, default) -> bool:
+def _alike(value: Any, default: Any) -> bool:
     """Whether the types agree; tuples may be lists, and floats whole numbers."""
     if isinstance(default, tuple):
         return isinstance(value, tuple | list) and all(_alike(v, default[0]) for v in value)
     return type(value) is type(default) or (type(default) is float and type(value) is int)
 
 
-def architecture(config) -> dict[str, Any]:
+def architecture(config: Any) -> dict[str, Any]:
     """The fields of a config, those of its backbone among them."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     backbone = values.pop("backbone", None)
     return values if backbone is None else values | architecture(backbone)
+
+
+# --- Modules ------------------------------------------------------------------------------------
 
 
 def build(
@@ -124,11 +202,19 @@ def build(
     rngs: nnx.Rngs,
     **overrides: Any,
 ) -> nnx.Module:
-    """A freshly initialised model in training mode; arguments as for `create_model`.
+    """A freshly initialised model in training mode.
 
     Args:
+      name: one of `list_models()`.
+      num_classes: size of the classifier; None is the family's default.
+      dtype: of the activations; parameters are float32 at least.
+      implementation: of the operations, see `vssd_jax.kernels.dispatch`.
       remat: recompute the blocks in the backward pass instead of keeping their activations.
       rngs: with a `params` stream. Outside of `jax.jit` the largest model takes seconds.
+      **overrides: fields of the model's config.
+
+    Raises:
+      UserError: unknown names and fields, and values that the config refuses.
     """
     family, _ = find(name)
     config = make_config(name, **overrides)
@@ -145,8 +231,8 @@ def build(
 def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
     """The module that `make` builds, with shapes in place of arrays; nothing is computed."""
 
-    # In place of nnx.Rngs, which while tracing takes time quadratic in the number of keys.
-    def traced(key):
-        return make(types.SimpleNamespace(params=lambda: key))
+    # A stand-in for nnx.Rngs, which while tracing takes time quadratic in the number of keys.
+    def traced(key: jax.Array) -> nnx.Module:
+        return make(types.SimpleNamespace(params=lambda: key))  # type: ignore[arg-type]
 
     return nnx.eval_shape(traced, jax.random.key(0))

@@ -6,12 +6,14 @@ checkpoints were trained. Boxes are x1 y1 x2 y2 in pixels of the padded image.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vssd_jax.models import torch_names, vssd
 from vssd_jax.models.detection import anchors as anchor_grid
 from vssd_jax.models.detection import boxes as box_ops
 from vssd_jax.models.detection.assigner import IGNORED, NEGATIVE, assign
@@ -20,9 +22,11 @@ from vssd_jax.models.detection.masks import mask_targets
 from vssd_jax.models.detection.nms import nms
 from vssd_jax.models.detection.roi_align import pyramid_roi_align
 from vssd_jax.models.detection.sampler import sample
-from vssd_jax.models.vssd import VSSD, Precision, VSSDConfig
+from vssd_jax.models.family import BackboneConfig, Family, Recognised, register
+from vssd_jax.models.layers import Precision
+from vssd_jax.models.torch_names import Row, TensorShapes
+from vssd_jax.models.vssd import VSSDConfig
 
-STRIDES = (4, 8, 16, 32, 64)
 BOX_BINS, MASK_BINS = 7, 14
 
 
@@ -31,7 +35,7 @@ class MaskRCNNConfig:
     """A detector; the defaults are the paper's.
 
     Attributes:
-      backbone: the VSSD.
+      backbone: the config of the backbone.
       num_classes: default number of classes, without the background.
       fpn_channels: channels of the pyramid and of the RPN and mask heads.
       box_channels: width of the box head.
@@ -45,7 +49,7 @@ class MaskRCNNConfig:
       score_threshold, nms_iou, max_detections: of the final detections.
     """
 
-    backbone: VSSDConfig = dataclasses.field(default_factory=VSSDConfig.tiny)
+    backbone: BackboneConfig = dataclasses.field(default_factory=VSSDConfig.tiny)
     num_classes: int = 80
     fpn_channels: int = 256
     box_channels: int = 1024
@@ -64,13 +68,11 @@ class MaskRCNNConfig:
     nms_iou: float = 0.5
     max_detections: int = 100
 
-    def __post_init__(self):
-        object.__setattr__(self, "anchor_ratios", tuple(self.anchor_ratios))
-        if isinstance(self.backbone, dict):  # from JSON
-            object.__setattr__(self, "backbone", VSSDConfig(**self.backbone))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "anchor_ratios", tuple(self.anchor_ratios))  # a list in JSON
 
     @classmethod
-    def nano(cls):
+    def nano(cls) -> "MaskRCNNConfig":
         """A stand-in for tests and small pictures; not in the paper."""
         return cls(
             backbone=VSSDConfig.nano(), num_classes=10, fpn_channels=32, box_channels=64,
@@ -79,15 +81,15 @@ class MaskRCNNConfig:
         )  # fmt: skip
 
     @classmethod
-    def micro(cls):
+    def micro(cls) -> "MaskRCNNConfig":
         return cls(backbone=VSSDConfig.micro())
 
     @classmethod
-    def tiny(cls):
+    def tiny(cls) -> "MaskRCNNConfig":
         return cls(backbone=VSSDConfig.tiny())
 
     @classmethod
-    def small(cls):
+    def small(cls) -> "MaskRCNNConfig":
         return cls(backbone=VSSDConfig.small())
 
 
@@ -124,7 +126,7 @@ class MaskRCNN(nnx.Module):
       config: the architecture.
       num_classes: classes without the background; None takes the config's.
       dtype: float32 or bfloat16 activations; boxes, scores and losses are float32.
-      implementation: of the backbone's kernels, see `VSSD`.
+      implementation: of the backbone's operations, see `build` in `family.py`.
       remat: recompute the backbone's blocks in the backward pass.
       rngs: with a `params` stream for the initialisation.
     """
@@ -142,17 +144,13 @@ class MaskRCNN(nnx.Module):
         self.config, self.precision = config, Precision(jnp.dtype(dtype))
         self.num_classes = config.num_classes if num_classes is None else num_classes
         options = {"precision": self.precision, "rngs": rngs}
-        widths = [config.backbone.embed_dim * 2**stage for stage in range(4)]
         channels = config.fpn_channels
-        self.backbone = VSSD(
-            config.backbone,
-            num_classes=None,
-            dtype=dtype,
-            implementation=implementation,
-            remat=remat,
-            rngs=rngs,
+        self.backbone = config.backbone.make_backbone(
+            dtype=dtype, implementation=implementation, remat=remat, rngs=rngs
         )
-        self.neck = FPN(widths, channels, **options)
+        # One more level than the backbone has: the pyramid's last, of half the size.
+        self.strides = (*self.backbone.strides, 2 * self.backbone.strides[-1])
+        self.neck = FPN(self.backbone.widths, channels, **options)
         self.rpn_head = RPNHead(channels, len(config.anchor_ratios), **options)
         self.box_head = BoxHead(
             channels, config.box_channels, self.num_classes, BOX_BINS, **options
@@ -214,7 +212,7 @@ class MaskRCNN(nnx.Module):
     def _anchors(self, maps, image_shape):
         """Per level: the anchors (A, 4), and (A,) which of them are not in the padding."""
         config, result = self.config, []
-        for x, stride in zip(maps, STRIDES, strict=True):
+        for x, stride in zip(maps, self.strides, strict=True):
             size, ratios = x.shape[1:3], config.anchor_ratios
             grid = anchor_grid.grid_anchors(size, stride, scale=config.anchor_scale, ratios=ratios)
             inside = anchor_grid.anchors_on_image(size, stride, len(ratios), image_shape)
@@ -242,7 +240,7 @@ class MaskRCNN(nnx.Module):
         return jax.vmap(propose)(outputs, image_shapes)
 
     def _roi_features(self, maps, boxes, bins):
-        return pyramid_roi_align(maps[:4], STRIDES[:4], boxes, bins)
+        return pyramid_roi_align(maps[:-1], self.strides[:-1], boxes, bins)
 
     # --- Training -------------------------------------------------------------------------------
 
@@ -400,3 +398,96 @@ def _box_loss(boxes, deltas, objects, positive, stds=(1.0, 1.0, 1.0, 1.0)):
     # Boxes that are not positive have no target, perhaps not a finite one.
     target = jnp.where(positive[..., None], box_ops.encode(boxes, objects, stds), 0)
     return jnp.where(positive, jnp.abs(deltas - target).sum(-1), 0)
+
+
+# --- The released checkpoints, and Mask R-CNN on other backbones --------------------------------
+
+_ROI_LINEAR = (  # its inputs are a flattened (C, 7, 7) in PyTorch and (7, 7, C) in this project
+    torch_names.Leaf(
+        "weight",
+        "kernel",
+        torch_names.Layout(
+            lambda w: (
+                w.reshape(len(w), -1, BOX_BINS, BOX_BINS).transpose(2, 3, 1, 0).reshape(-1, len(w))
+            ),
+            lambda w: (
+                w.reshape(BOX_BINS, BOX_BINS, -1, w.shape[1])
+                .transpose(3, 2, 0, 1)
+                .reshape(w.shape[1], -1)
+            ),
+        ),
+    ),
+    torch_names.Leaf("bias", "bias", torch_names.SAME_LAYOUT),
+)
+_TORCH_HEADS = (
+    Row("neck.lateral_convs.{}.conv", "neck.lateral.{}", torch_names.CONV),
+    Row("neck.fpn_convs.{}.conv", "neck.output.{}", torch_names.CONV),
+    Row("rpn_head.rpn_conv", "rpn_head.conv", torch_names.CONV),
+    Row("rpn_head.rpn_cls", "rpn_head.cls", torch_names.CONV),
+    Row("rpn_head.rpn_reg", "rpn_head.reg", torch_names.CONV),
+    Row("roi_head.bbox_head.shared_fcs.0", "box_head.fc1", _ROI_LINEAR),
+    Row("roi_head.bbox_head.shared_fcs.1", "box_head.fc2", torch_names.LINEAR),
+    Row("roi_head.bbox_head.fc_cls", "box_head.cls", torch_names.LINEAR),
+    Row("roi_head.bbox_head.fc_reg", "box_head.reg", torch_names.LINEAR),
+    Row("roi_head.mask_head.convs.{}.conv", "mask_head.convs.{}", torch_names.CONV),
+    Row("roi_head.mask_head.upsample", "mask_head.upsample", torch_names.DECONV),
+    Row("roi_head.mask_head.conv_logits", "mask_head.logits", torch_names.CONV),
+)
+
+
+def family_on(
+    backbone: Family, variants: Mapping[str, Callable[[], MaskRCNNConfig]]
+) -> Family:
+    """Mask R-CNN on a family of backbones: `mask_rcnn_` before the backbone's prefix.
+
+    Args:
+      backbone: the family; its classifiers' weights may start the detectors' backbones.
+      variants: the name of a variant of `backbone` -> the detector's config.
+    """
+
+    def recognise(
+        shapes: TensorShapes, known: Mapping[str, Any] | None, given: Collection[str]
+    ) -> Recognised | None:
+        if not shapes.any_under("rpn_head.", "roi_head."):
+            return None
+        fields = {
+            "fpn_channels": shapes.size("neck.lateral_convs.0.conv.weight"),
+            "box_channels": shapes.size("roi_head.bbox_head.shared_fcs.0.weight"),
+        }
+        num_classes = shapes.size("roi_head.bbox_head.fc_cls.weight") - 1
+        assert backbone.recognise_backbone is not None
+        inner = backbone.recognise_backbone(shapes.under("backbone."), known, given)
+        return Recognised(num_classes, fields | inner)
+
+    return Family(
+        prefix=f"mask_rcnn_{backbone.prefix}",
+        variants=variants,
+        module=MaskRCNN,
+        num_classes=None,
+        classifier=("box_head.cls.", "box_head.reg.", "mask_head.logits."),
+        torch_table=(
+            *torch_names.under("backbone.", "backbone.", backbone.torch_table),
+            *_TORCH_HEADS,
+        ),
+        recognise=recognise,
+        telling=backbone.telling,
+        training_fields=(
+            *backbone.training_fields,
+            "rpn_pre_nms_train", "rpn_samples", "rpn_positive_fraction",
+            "roi_samples", "roi_positive_fraction", "roi_add_objects",
+        ),
+        backbone=backbone,
+    )  # fmt: skip
+
+
+FAMILY = register(
+    family_on(
+        vssd.FAMILY,
+        {
+            "nano": MaskRCNNConfig.nano,
+            "micro": MaskRCNNConfig.micro,
+            "tiny": MaskRCNNConfig.tiny,
+            "small": MaskRCNNConfig.small,
+        },
+    )
+)

@@ -8,13 +8,19 @@ K classes.
 
 import dataclasses
 import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vssd_jax.models.vssd import VSSD, Conv, ConvNorm, Precision, VSSDConfig, normal
+from vssd_jax.models import torch_names, vssd
+from vssd_jax.models.family import BackboneConfig, Family, Recognised, register
+from vssd_jax.models.layers import ChannelDropout, Conv, ConvNorm, Precision, normal
+from vssd_jax.models.torch_names import Row, TensorShapes
+from vssd_jax.models.vssd import VSSDConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +28,7 @@ class UperNetConfig:
     """One segmentor.
 
     Attributes:
-      backbone: the VSSD that makes the four feature maps.
+      backbone: the config of the backbone.
       num_classes: K of the labels.
       channels: width of the decoder.
       aux_channels: width of the auxiliary head.
@@ -31,7 +37,7 @@ class UperNetConfig:
       aux_weight: weight of the auxiliary head's loss.
     """
 
-    backbone: VSSDConfig
+    backbone: BackboneConfig
     num_classes: int = 150
     channels: int = 512
     aux_channels: int = 256
@@ -39,26 +45,24 @@ class UperNetConfig:
     dropout: float = 0.1
     aux_weight: float = 0.4
 
-    def __post_init__(self):
-        object.__setattr__(self, "pool_scales", tuple(self.pool_scales))
-        if isinstance(self.backbone, dict):  # from JSON
-            object.__setattr__(self, "backbone", VSSDConfig(**self.backbone))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pool_scales", tuple(self.pool_scales))  # a list in JSON
 
     @classmethod
-    def nano(cls):
+    def nano(cls) -> "UperNetConfig":
         """A stand-in for tests and small pictures; not in the paper."""
         return cls(VSSDConfig.nano(), num_classes=11, channels=32, aux_channels=16)
 
     @classmethod
-    def micro(cls):
+    def micro(cls) -> "UperNetConfig":
         return cls(VSSDConfig.micro())
 
     @classmethod
-    def tiny(cls):
+    def tiny(cls) -> "UperNetConfig":
         return cls(VSSDConfig.tiny())
 
     @classmethod
-    def small(cls):
+    def small(cls) -> "UperNetConfig":
         return cls(VSSDConfig.small())
 
 
@@ -138,23 +142,6 @@ class ConvNormReLU(ConvNorm):
         return jax.nn.relu(super().__call__(x))
 
 
-class ChannelDropout(nnx.Module):
-    """In training, drops whole channels of a sample with probability `rate`."""
-
-    def __init__(self, rate: float):
-        self.rate = rate
-        self.deterministic = False
-
-    def __call__(self, x, rngs: nnx.Rngs | None):
-        if self.deterministic or self.rate == 0:
-            return x
-        if rngs is None:
-            raise ValueError("a model with dropout needs rngs=nnx.Rngs(dropout=...) in training")
-        keep = 1 - self.rate
-        mask = jax.random.bernoulli(rngs.dropout(), keep, (x.shape[0], 1, 1, x.shape[-1]))
-        return jnp.where(mask, x / keep, jnp.zeros((), x.dtype))
-
-
 def _classifier(channels, num_classes, *, precision, rngs):
     conv = Conv(channels, num_classes, 1, precision=precision, rngs=rngs)
     init = normal(0.01)
@@ -226,7 +213,7 @@ class UperNet(nnx.Module):
       num_classes: K; None is the config's.
       dtype: float32 or bfloat16 activations; logits are float32.
       remat: recompute the backbone's blocks in the backward pass.
-      implementation: of the backbone's kernels, see `VSSD`.
+      implementation: of the backbone's operations, see `build` in `family.py`.
       rngs: with a `params` stream for the initialisation.
     """
 
@@ -243,18 +230,13 @@ class UperNet(nnx.Module):
         self.config = config
         self.num_classes = config.num_classes if num_classes is None else num_classes
         self.precision = Precision(jnp.dtype(dtype))
-        self.backbone = VSSD(
-            config.backbone,
-            num_classes=None,
-            dtype=dtype,
-            remat=remat,
-            implementation=implementation,
-            rngs=rngs,
+        self.backbone = config.backbone.make_backbone(
+            dtype=dtype, remat=remat, implementation=implementation, rngs=rngs
         )
-        widths = [config.backbone.embed_dim * 2**stage for stage in range(4)]
+        widths = self.backbone.widths
         options = {"precision": self.precision, "rngs": rngs}
         self.decode_head = DecodeHead(config, widths, self.num_classes, **options)
-        self.auxiliary_head = AuxiliaryHead(config, widths[2], self.num_classes, **options)
+        self.auxiliary_head = AuxiliaryHead(config, widths[-2], self.num_classes, **options)
 
     def __call__(
         self, images: jax.Array, rngs: nnx.Rngs | None = None
@@ -272,9 +254,79 @@ class UperNet(nnx.Module):
         maps = self.backbone.feature_maps(images, rngs)
         dtype = self.precision.state
         decode = self.decode_head(maps, rngs).astype(dtype)
-        return decode, self.auxiliary_head(maps[2], rngs).astype(dtype)
+        return decode, self.auxiliary_head(maps[-2], rngs).astype(dtype)
 
     def logits(self, images: jax.Array) -> jax.Array:
         """(B, H, W, 3) images -> (B, H, W, K) logits of the decoder at the images' size."""
         decode = self.decode_head(self.backbone.feature_maps(images))
         return resize(decode.astype(self.precision.state), images.shape[1:3])
+
+
+# --- The released checkpoints, and UperNet on other backbones -----------------------------------
+
+_CONV_NORMS = {
+    "decode_head.psp_modules.{}.1": "decode_head.ppm.{}",
+    "decode_head.bottleneck": "decode_head.bottleneck",
+    "decode_head.lateral_convs.{}": "decode_head.lateral.{}",
+    "decode_head.fpn_convs.{}": "decode_head.output.{}",
+    "decode_head.fpn_bottleneck": "decode_head.fpn_bottleneck",
+    "auxiliary_head.convs.0": "auxiliary_head.conv",
+}
+_TORCH_HEADS = (
+    *(Row(f"{a}.conv", f"{b}.conv", torch_names.CONV) for a, b in _CONV_NORMS.items()),
+    *(Row(f"{a}.bn", f"{b}.norm", torch_names.BATCH_NORM) for a, b in _CONV_NORMS.items()),
+    Row("decode_head.conv_seg", "decode_head.classifier", torch_names.CONV),
+    Row("auxiliary_head.conv_seg", "auxiliary_head.classifier", torch_names.CONV),
+)
+
+
+def family_on(backbone: Family, variants: Mapping[str, Callable[[], UperNetConfig]]) -> Family:
+    """UperNet on a family of backbones: `upernet_` before the backbone's prefix.
+
+    Args:
+      backbone: the family; its classifiers' weights may start the segmentors' backbones.
+      variants: the name of a variant of `backbone` -> the segmentor's config.
+    """
+
+    def recognise(
+        shapes: TensorShapes, known: Mapping[str, Any] | None, given: Collection[str]
+    ) -> Recognised | None:
+        if not shapes.any_under("decode_head."):
+            return None
+        fields = {
+            "channels": shapes.size("decode_head.bottleneck.conv.weight"),
+            "aux_channels": shapes.size("auxiliary_head.convs.0.conv.weight"),
+        }
+        num_classes = shapes.size("decode_head.conv_seg.weight")
+        assert backbone.recognise_backbone is not None
+        inner = backbone.recognise_backbone(shapes.under("backbone."), known, given)
+        return Recognised(num_classes, fields | inner)
+
+    return Family(
+        prefix=f"upernet_{backbone.prefix}",
+        variants=variants,
+        module=UperNet,
+        num_classes=None,
+        classifier=("decode_head.classifier.", "auxiliary_head.classifier."),
+        torch_table=(
+            *torch_names.under("backbone.", "backbone.", backbone.torch_table),
+            *_TORCH_HEADS,
+        ),
+        recognise=recognise,
+        telling=backbone.telling,
+        training_fields=(*backbone.training_fields, "dropout", "aux_weight"),
+        backbone=backbone,
+    )
+
+
+FAMILY = register(
+    family_on(
+        vssd.FAMILY,
+        {
+            "nano": UperNetConfig.nano,
+            "micro": UperNetConfig.micro,
+            "tiny": UperNetConfig.tiny,
+            "small": UperNetConfig.small,
+        },
+    )
+)

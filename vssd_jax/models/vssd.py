@@ -1,16 +1,17 @@
 """VSSD: Vision Mamba with Non-Causal State Space Duality (arXiv 2407.18559).
 
-The file reads as the paper does: configuration, stem, mixers, block, stage, network.
+The file reads as the paper does: configuration, stem, mixers, block, stage, network; then what the
+released PyTorch checkpoints are called and how they are recognised.
 Arrays are channels-last. Shape letters: B batch, H and W height and width, L = H * W tokens,
 C channels, N state size, P head dimension.
 
-Parameters and statistics are float32 whatever the compute `dtype`; so are norms, softmax,
-token weights and states. (With `dtype=float64` everything is float64: the parity tests.)
+Norms, softmax, token weights and states are float32 whatever the compute `dtype`.
 """
 
 import dataclasses
-import functools
 import math
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,27 @@ import numpy as np
 from flax import nnx
 
 from vssd_jax.kernels.attention import attention
-from vssd_jax.kernels.depthwise_conv import depthwise_conv
-from vssd_jax.kernels.dispatch import check_name, of_other_kernels
-from vssd_jax.kernels.layer_norm import layer_norm
-from vssd_jax.kernels.linear import linear
+from vssd_jax.kernels.dispatch import check_name
 from vssd_jax.kernels.mixer import nc_ssd_mixer
 from vssd_jax.kernels.mlp import mlp
 from vssd_jax.kernels.norm_linear import norm_linear
+from vssd_jax.kernels.relu import relu
 from vssd_jax.kernels.residual import add_branch
+from vssd_jax.models import torch_names
+from vssd_jax.models.family import Family, Recognised, register
+from vssd_jax.models.layers import (
+    Conv,
+    ConvNorm,
+    DepthwiseConv,
+    DropPath,
+    LayerNorm,
+    Linear,
+    Precision,
+    uniform,
+)
 from vssd_jax.models.ssd import bidirectional_ssd, causal_ssd
+from vssd_jax.models.torch_names import Row, TensorShapes
+from vssd_jax.types import Array, Float
 
 MIXERS = ("ncssd", "ssd", "bissd", "attention")
 
@@ -62,7 +75,7 @@ class VSSDConfig:
     downsample: str = "conv"
     token_weight_sign: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("depths", "num_heads", "mixers"):
             value = tuple(getattr(self, field))  # a list when it comes from JSON
             object.__setattr__(self, field, value)
@@ -88,322 +101,60 @@ class VSSDConfig:
                     f"a {mixer} mixer of width {inner}"
                 )
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of the four stages."""
+        return tuple(self.embed_dim * 2**stage for stage in range(4))
+
     @classmethod
-    def nano(cls):
+    def nano(cls) -> "VSSDConfig":
         """A stand-in for tests and small pictures; not in the paper."""
         return cls(
             embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), d_state=16, drop_path=0.0
         )
 
     @classmethod
-    def micro(cls):
+    def micro(cls) -> "VSSDConfig":
         return cls(embed_dim=48, depths=(2, 2, 8, 4), d_state=48, drop_path=0.1)
 
     @classmethod
-    def tiny(cls):
+    def tiny(cls) -> "VSSDConfig":
         return cls(embed_dim=64, depths=(2, 4, 8, 4), drop_path=0.2)
 
     @classmethod
-    def small(cls):
+    def small(cls) -> "VSSDConfig":
         return cls(embed_dim=64, depths=(3, 4, 21, 5), drop_path=0.4)
 
     @classmethod
-    def base(cls):
+    def base(cls) -> "VSSDConfig":
         return cls(embed_dim=96, depths=(3, 4, 21, 5), num_heads=(3, 6, 12, 24), drop_path=0.6)
 
-
-# --- Layers -----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Precision:
-    """`compute` is the dtype of activations, `state` that of parameters and statistics."""
-
-    compute: jax.typing.DTypeLike = jnp.float32
-
-    @property
-    def state(self) -> jnp.dtype:
-        return jnp.promote_types(self.compute, jnp.float32)
-
-
-# XLA takes minutes to compile the random numbers of a large model, one program for each shape.
-# Outside of a transformation NumPy draws them instead; under `jax.jit` and `jax.eval_shape`,
-# where a key has no value, JAX does (with other values for the same seed).
-def _generator(key) -> np.random.Generator | None:
-    if isinstance(key, jax.core.Tracer):
-        return None
-    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
-
-
-def uniform(low: float, high: float):
-    """An initialiser, U(low, high)."""
-
-    def init(key, shape, dtype):
-        if (generator := _generator(key)) is None:
-            return jax.random.uniform(key, shape, dtype, low, high)
-        return jnp.asarray(generator.uniform(low, high, shape), dtype)
-
-    return init
-
-
-def normal(std: float):
-    """An initialiser, N(0, std^2)."""
-
-    def init(key, shape, dtype):
-        if (generator := _generator(key)) is None:
-            return std * jax.random.normal(key, shape, dtype)
-        return jnp.asarray(generator.normal(0, std, shape), dtype)
-
-    return init
-
-
-def torch_uniform(fan_in: int):
-    """U(+-1/sqrt(fan_in)): PyTorch's default for the weights and biases of convolutions."""
-    return uniform(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-
-
-class Linear(nnx.Module):
-    """(..., inputs) -> (..., outputs); weights of standard deviation 0.02, zero biases."""
-
-    def __init__(self, inputs: int, outputs: int, *, use_bias: bool = True, precision, rngs):
-        # The recipe truncates at +-2, a hundred standard deviations: plain normal.
-        kernel = normal(0.02)(rngs.params(), (inputs, outputs), precision.state)
-        self.kernel = nnx.Param(kernel)
-        self.bias = nnx.Param(jnp.zeros((outputs,), precision.state)) if use_bias else None
-        if use_bias:
-            rngs.params()  # as `nnx.Linear`: what a seed gives stays the same
-        self.precision = precision
-
-    def __call__(self, x):
-        bias = None if self.bias is None else self.bias[...]
-        return linear(x.astype(self.precision.compute), self.kernel[...], bias)
-
-
-class LayerNorm(nnx.Module):
-    """Layer normalisation over the channels: (..., C) -> (..., C)."""
-
-    def __init__(self, channels, *, implementation=None, precision):
-        self.scale = nnx.Param(jnp.ones((channels,), precision.state))
-        self.bias = nnx.Param(jnp.zeros((channels,), precision.state))
-        self.epsilon, self.implementation = 1e-5, implementation
-
-    def __call__(self, x):
-        return layer_norm(
-            x,
-            self.scale[...],
-            self.bias[...],
-            epsilon=self.epsilon,
-            implementation=self.implementation,
-        )
-
-
-class Conv(nnx.Module):
-    """k x k convolution with PyTorch's padding and initialisation.
-
-    (B, H, W, inputs) -> (B, H', W', outputs); the kernel is (k, k, inputs, outputs).
-    """
-
-    def __init__(
-        self, inputs, outputs, size, *, stride=1, padding=None, use_bias=True, precision, rngs
-    ):
-        init = torch_uniform(size * size * inputs)
-        shape = (size, size, inputs, outputs)
-        self.kernel = nnx.Param(init(rngs.params(), shape, precision.state))
-        bias = init(rngs.params(), (outputs,), precision.state) if use_bias else None
-        self.bias = None if bias is None else nnx.Param(bias)
-        self.stride = stride
-        self.padding = size // 2 if padding is None else padding
-        self.precision = precision
-
-    def __call__(self, x, scale=None, shift=None):
-        """With `scale` and `shift` (outputs,): a norm's, that follows and becomes part of it."""
-        dtype = self.precision.compute
-        kernel = self.kernel[...]
-        bias = None if self.bias is None else self.bias[...]
-        if scale is not None:
-            kernel = kernel * scale
-            bias = shift if bias is None else bias * scale + shift
-        x = x.astype(dtype)
-        if kernel.shape[:2] == (1, 1) and self.stride == 1:
-            if scale is None:
-                return linear(x, kernel[0, 0], bias)
-            y = linear(x, kernel[0, 0])  # XLA does not make one kernel of product and shift
-        else:
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel.astype(dtype),
-                (self.stride, self.stride),
-                [(self.padding, self.padding)] * 2,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-        if bias is not None:  # wide: a rounded shift would move all pixels alike, which adds up
-            y = (y.astype(bias.dtype) + bias).astype(dtype)
-        return y
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def batch_norm(x, scale, bias, epsilon, dtype):
-    """Normalises with the moments of the batch, over all axes but the last.
-
-    Args:
-      x: (..., C).
-      scale, bias: (C,), in the dtype of the computation.
-      epsilon: added to the variance.
-      dtype: of the result.
-
-    Returns:
-      (..., C); and mean and biased variance (C,), which carry no gradient.
-    """
-    return _batch_norm_forward(x, scale, bias, epsilon, dtype)[0]
-
-
-def _batch_norm_forward(x, scale, bias, epsilon, dtype):
-    axes, wide = tuple(range(x.ndim - 1)), x.astype(scale.dtype)
-    mean = wide.mean(axes)
-    var = jnp.square(wide - mean).mean(axes)
-    y = (wide - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias
-    return (y.astype(dtype), mean, var), (x, mean, var, scale)
-
-
-# Written out, it reads the input twice, for two sums together and for the result; the automatic
-# gradient of the moments makes it five times.
-def _batch_norm_backward(epsilon, dtype, saved, cotangents):
-    x, mean, var, scale = saved
-    axes, dy = tuple(range(x.ndim - 1)), cotangents[0].astype(scale.dtype)
-    rstd = jax.lax.rsqrt(var + epsilon)
-    normed = (x.astype(scale.dtype) - mean) * rstd
-    dbias, dscale = dy.sum(axes), (dy * normed).sum(axes)
-    count = x.size // x.shape[-1]
-    dx = scale * rstd * (dy - dbias / count - normed * (dscale / count))
-    return dx.astype(x.dtype), dscale, dbias
-
-
-batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
-
-
-class BatchNorm(nnx.Module):
-    """Batch normalisation with PyTorch's statistics, over B, H and W of the global batch.
-
-    PyTorch normalises with the biased variance of the batch but keeps a running average of the
-    unbiased one; Flax's own module keeps the biased one.
-    """
-
-    def __init__(self, channels, *, precision):
-        self.scale = nnx.Param(jnp.ones((channels,), precision.state))
-        self.bias = nnx.Param(jnp.zeros((channels,), precision.state))
-        self.mean = nnx.BatchStat(jnp.zeros((channels,), precision.state))
-        self.var = nnx.BatchStat(jnp.ones((channels,), precision.state))
-        self.use_running_average = False
-        self.momentum = 0.1
-        self.epsilon = 1e-5
-        self.precision = precision
-
-    def running(self):
-        """Scale and shift (C,) of the normalisation with the running average."""
-        scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.epsilon)
-        return scale, self.bias[...] - self.mean[...] * scale
-
-    def __call__(self, x):
-        dtype, scale, bias = self.precision.compute, self.scale[...], self.bias[...]
-        if self.use_running_average:
-            scale = scale * jax.lax.rsqrt(self.var[...] + self.epsilon)
-            return ((x.astype(scale.dtype) - self.mean[...]) * scale + bias).astype(dtype)
-        y, mean, var = batch_norm(x, scale, bias, self.epsilon, dtype)
-        count = x.size // x.shape[-1]
-        unbiased = jax.lax.stop_gradient(var) * (count / max(count - 1, 1))
-        self.mean[...] += self.momentum * (jax.lax.stop_gradient(mean) - self.mean[...])
-        self.var[...] += self.momentum * (unbiased - self.var[...])
-        return y
-
-
-class ConvNorm(nnx.Module):
-    """A convolution and its batch normalisation."""
-
-    def __init__(self, inputs, outputs, size, *, precision, rngs, **conv):
-        self.conv = Conv(inputs, outputs, size, precision=precision, rngs=rngs, **conv)
-        self.norm = BatchNorm(outputs, precision=precision)
-
-    def __call__(self, x):
-        if self.norm.use_running_average:
-            return self.conv(x, *self.norm.running())  # no pass over the activations
-        return self.norm(self.conv(x))
-
-
-@jax.custom_vjp
-def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0). Its gradient asks for the result alone: nothing else need be kept."""
-    return jnp.maximum(x, 0)
-
-
-relu.defvjp(lambda x: (relu(x),) * 2, lambda y, dy: (jnp.where(y > 0, dy, 0),))
-
-
-class DepthwiseConv(nnx.Module):
-    """3x3 depthwise convolution with bias: (B, H, W, C) -> (B, ceil(H/s), ceil(W/s), C).
-
-    The options are those of `vssd_jax.kernels.depthwise_conv.depthwise_conv`.
-    """
-
-    def __init__(
+    def make_backbone(
         self,
-        channels,
         *,
-        stride=1,
-        activation=None,
-        residual=False,
-        relu_input=False,
-        implementation=None,
-        precision,
-        rngs,
-    ):
-        init = torch_uniform(9)
-        self.kernel = nnx.Param(init(rngs.params(), (3, 3, channels), precision.state))
-        self.bias = nnx.Param(init(rngs.params(), (channels,), precision.state))
-        self.stride, self.activation, self.residual = stride, activation, residual
-        self.relu_input, self.implementation = relu_input, implementation
-
-    def __call__(self, x):
-        return depthwise_conv(
-            x,
-            self.kernel[...],
-            self.bias[...],
-            stride=self.stride,
-            activation=self.activation,
-            residual=self.residual,
-            relu_input=self.relu_input,
-            implementation=self.implementation,
-        )
+        dtype: jax.typing.DTypeLike,
+        remat: bool,
+        implementation: str | None,
+        rngs: nnx.Rngs,
+    ) -> "VSSD":
+        return VSSD(
+            self, num_classes=None, dtype=dtype, remat=remat, implementation=implementation,
+            rngs=rngs,
+        )  # fmt: skip
 
 
-class DropPath(nnx.Module):
-    """Stochastic depth: in training, drops the branch of a whole sample with probability `rate`.
-
-    Gives the weights of the branch (B,), or None for ones.
-    """
-
-    def __init__(self, rate: float):
-        self.rate = rate
-        self.deterministic = False
-
-    def __call__(self, batch: int, rngs: nnx.Rngs | None):
-        if self.deterministic or self.rate == 0:
-            return None
-        if rngs is None:
-            raise ValueError("a model with drop path needs rngs=nnx.Rngs(dropout=...) in training")
-        keep = 1 - self.rate
-        return jax.random.bernoulli(rngs.dropout(), keep, (batch,)) / keep
-
-
-# --- Stem and downsampling --------------------------------------------------------------------
+# --- Stem and downsampling ----------------------------------------------------------------------
 
 
 class ConvStem(nnx.Module):
     """Overlapping stem: (B, H, W, 3) -> (B, ceil(H/4), ceil(W/4), E)."""
 
-    def __init__(self, embed_dim, *, implementation, precision, rngs):
-        del implementation  # it has one only
+    def __init__(
+        self, embed_dim: int, *, implementation: str | None, precision: Precision, rngs: nnx.Rngs
+    ) -> None:
+        del implementation  # its convolutions are XLA's
 
-        def conv(inputs, outputs, size, stride=1):
+        def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> ConvNorm:
             return ConvNorm(
                 inputs, outputs, size, stride=stride, use_bias=False, precision=precision, rngs=rngs
             )
@@ -415,7 +166,7 @@ class ConvStem(nnx.Module):
         self.conv4 = conv(half, 4 * embed_dim, 3, stride=2)
         self.conv5 = conv(4 * embed_dim, embed_dim, 1)
 
-    def __call__(self, images):
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H4 W4 E"]:
         x = relu(self.conv1(images))
         x = x + self.conv3(relu(self.conv2(x)))
         return self.conv5(relu(self.conv4(x)))
@@ -424,20 +175,24 @@ class ConvStem(nnx.Module):
 class PatchStem(nnx.Module):
     """The ablation's stem, 4x4 patches: (B, H, W, 3) -> (B, H // 4, W // 4, E)."""
 
-    def __init__(self, embed_dim, *, implementation, precision, rngs):
+    def __init__(
+        self, embed_dim: int, *, implementation: str | None, precision: Precision, rngs: nnx.Rngs
+    ) -> None:
         self.conv1 = ConvNorm(
             3, embed_dim, 4, stride=4, padding=0, use_bias=False, precision=precision, rngs=rngs
         )
         self.norm = LayerNorm(embed_dim, implementation=implementation, precision=precision)
 
-    def __call__(self, images):
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H4 W4 E"]:
         return self.norm(relu(self.conv1(images)))
 
 
 class ConvDownsample(nnx.Module):
     """Inverted bottleneck: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
 
-    def __init__(self, channels, *, implementation, precision, rngs):
+    def __init__(
+        self, channels: int, *, implementation: str | None, precision: Precision, rngs: nnx.Rngs
+    ) -> None:
         wide = 8 * channels
         self.conv1 = Conv(channels, wide, 1, precision=precision, rngs=rngs)
         self.conv2 = DepthwiseConv(
@@ -451,46 +206,55 @@ class ConvDownsample(nnx.Module):
         )
         self.conv3 = ConvNorm(wide, 2 * channels, 1, precision=precision, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
         return self.conv3(self.conv2(self.conv1(x)))
 
 
 class PatchDownsample(nnx.Module):
     """The ablation's downsampling: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), 2C)."""
 
-    def __init__(self, channels, *, implementation, precision, rngs):
+    def __init__(
+        self, channels: int, *, implementation: str | None, precision: Precision, rngs: nnx.Rngs
+    ) -> None:
         self.conv1 = Conv(channels, 2 * channels, 3, stride=2, precision=precision, rngs=rngs)
         self.norm = LayerNorm(2 * channels, implementation=implementation, precision=precision)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
         return self.norm(relu(self.conv1(x)))
 
 
-# --- Mixers -----------------------------------------------------------------------------------
+# --- Mixers: x + branch_scale * mixer(norm(x)) --------------------------------------------------
 
 
 class SSDMixer(nnx.Module):
     """The NC-SSD mixer (section 3.2, figure 3), or one of the scans it is compared with.
 
-    `x + weights * mixer(norm(x))`, (B, H, W, C). `kind` is "ncssd", "ssd" or "bissd".
+    `kind` is "ncssd", "ssd" or "bissd".
     """
 
     def __init__(
-        self, config: VSSDConfig, channels, heads, *, kind, implementation, precision, rngs
-    ):
+        self,
+        config: VSSDConfig,
+        channels: int,
+        heads: int,
+        *,
+        kind: str,
+        implementation: str | None,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ) -> None:
         inner = config.expand * channels
         state = config.ngroups * config.d_state
         self.sizes = (inner, inner + 2 * state, heads)  # z, x|B|C, dt
         self.groups, self.kind, self.sign = config.ngroups, kind, config.token_weight_sign
         self.implementation, self.precision = implementation, precision
-        other = of_other_kernels(implementation)
         self.in_proj = Linear(
             channels, sum(self.sizes), use_bias=False, precision=precision, rngs=rngs
         )
         self.conv = DepthwiseConv(
             inner + 2 * state,
             activation="silu",
-            implementation=other,
+            implementation=implementation,
             precision=precision,
             rngs=rngs,
         )
@@ -500,20 +264,24 @@ class SSDMixer(nnx.Module):
         a = uniform(1.0, 16.0)(rngs.params(), (heads,), precision.state)
         self.A_log = nnx.Param(jnp.log(a))
         self.D = nnx.Param(jnp.ones((heads,), precision.state))
-        self.norm = LayerNorm(inner, implementation=other, precision=precision)
+        self.norm = LayerNorm(inner, implementation=implementation, precision=precision)
         self.out_proj = Linear(inner, channels, use_bias=False, precision=precision, rngs=rngs)
 
-    def __call__(self, x, norm, weights):
-        # dt is wide because softplus is.
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        norm: LayerNorm,
+        branch_scale: Float[Array, " B"] | None,
+    ) -> Float[Array, "B H W C"]:
         z, xbc, dt = norm_linear(
             x,
             norm.scale[...],
             norm.bias[...],
             self.in_proj.kernel[...],
             widths=self.sizes,
-            dtypes=(x.dtype, x.dtype, self.precision.state),
+            dtypes=(x.dtype, x.dtype, self.precision.state),  # softplus(dt) is float32
             epsilon=norm.epsilon,
-            implementation=of_other_kernels(self.implementation),
+            implementation=self.implementation,
         )
         dt = jax.nn.softplus(dt + self.dt_bias[...])
         a, d = jnp.exp(self.A_log[...]), self.D[...]
@@ -523,7 +291,7 @@ class SSDMixer(nnx.Module):
                 xbc,
                 self.sign * dt * a,
                 z,
-                weights,
+                branch_scale,
                 self.conv.kernel[...],
                 self.conv.bias[...],
                 d,
@@ -540,40 +308,56 @@ class SSDMixer(nnx.Module):
         xs, b, c = jnp.split(xbc, (inner, (inner + xbc.shape[-1]) // 2), axis=-1)
         b, c = (t.reshape(*t.shape[:2], self.groups, -1) for t in (b, c))
         y = self.norm(scan(xs, dt, -a, b, c, d)) * z
-        return add_branch(x, self.out_proj(y).reshape(x.shape), weights)
+        return add_branch(x, self.out_proj(y).reshape(x.shape), branch_scale)
 
 
 class AttentionMixer(nnx.Module):
-    """Multi-head self-attention over all tokens: `x + weights * mixer(norm(x))`, (B, H, W, C)."""
+    """Multi-head self-attention over all tokens."""
 
-    def __init__(self, channels, heads, *, implementation, precision, rngs):
-        self.heads = heads
-        self.implementation = of_other_kernels(implementation)
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        implementation: str | None,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.heads, self.implementation = heads, implementation
         self.qkv = Linear(channels, 3 * channels, use_bias=False, precision=precision, rngs=rngs)
         self.out = Linear(channels, channels, precision=precision, rngs=rngs)
 
-    def __call__(self, x, norm, weights):
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        norm: LayerNorm,
+        branch_scale: Float[Array, " B"] | None,
+    ) -> Float[Array, "B H W C"]:
         batch, height, width, channels = x.shape
         qkv = self.qkv(norm(x)).reshape(batch, height * width, 3 * channels)
         y = attention(qkv, heads=self.heads, implementation=self.implementation)
-        return add_branch(x, self.out(y).reshape(x.shape), weights)
+        return add_branch(x, self.out(y).reshape(x.shape), branch_scale)
 
 
 class MLP(nnx.Module):
-    """Linear to four times the width, exact GELU, linear back.
+    """Linear to four times the width, exact GELU, linear back; a branch as the mixers are."""
 
-    `x + weights * mlp(norm(x))`, (B, H, W, C).
-    """
-
-    def __init__(self, channels, *, implementation, precision, rngs):
-        self.implementation = of_other_kernels(implementation)
+    def __init__(
+        self, channels: int, *, implementation: str | None, precision: Precision, rngs: nnx.Rngs
+    ) -> None:
+        self.implementation = implementation
         self.fc1 = Linear(channels, 4 * channels, precision=precision, rngs=rngs)
         self.fc2 = Linear(4 * channels, channels, precision=precision, rngs=rngs)
 
-    def __call__(self, x, norm, weights):
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        norm: LayerNorm,
+        branch_scale: Float[Array, " B"] | None,
+    ) -> Float[Array, "B H W C"]:
         return mlp(
             x,
-            weights,
+            branch_scale,
             norm.scale[...],
             norm.bias[...],
             self.fc1.kernel[...],
@@ -585,31 +369,41 @@ class MLP(nnx.Module):
         )
 
 
-# --- Network ----------------------------------------------------------------------------------
+# --- Network ------------------------------------------------------------------------------------
 
 
 class Block(nnx.Module):
     """Local perception, mixer, local perception, MLP; (B, H, W, C) -> (B, H, W, C)."""
 
     def __init__(
-        self, config: VSSDConfig, stage: int, drop_path: float, *, implementation, precision, rngs
-    ):
-        channels, heads = config.embed_dim * 2**stage, config.num_heads[stage]
+        self,
+        config: VSSDConfig,
+        stage: int,
+        drop_path: float,
+        *,
+        implementation: str | None,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ) -> None:
+        channels, heads = config.widths[stage], config.num_heads[stage]
         kind = config.mixers[stage]
-        other = {"implementation": of_other_kernels(implementation), "precision": precision}
-        options = {"implementation": implementation, "precision": precision, "rngs": rngs}
-        self.cpe1 = DepthwiseConv(channels, residual=True, **other, rngs=rngs)
-        self.norm1 = LayerNorm(channels, **other)
-        if kind == "attention":
-            self.mixer = AttentionMixer(channels, heads, **options)
-        else:
-            self.mixer = SSDMixer(config, channels, heads, kind=kind, **options)
-        self.cpe2 = DepthwiseConv(channels, residual=True, **other, rngs=rngs)
-        self.norm2 = LayerNorm(channels, **other)
+        norm_options: dict[str, Any] = {"implementation": implementation, "precision": precision}
+        options = {**norm_options, "rngs": rngs}
+        self.cpe1 = DepthwiseConv(channels, residual=True, **options)
+        self.norm1 = LayerNorm(channels, **norm_options)
+        self.mixer = (
+            AttentionMixer(channels, heads, **options)
+            if kind == "attention"
+            else SSDMixer(config, channels, heads, kind=kind, **options)
+        )
+        self.cpe2 = DepthwiseConv(channels, residual=True, **options)
+        self.norm2 = LayerNorm(channels, **norm_options)
         self.mlp = MLP(channels, **options)
         self.drop_path = DropPath(drop_path)
 
-    def __call__(self, x, rngs=None):
+    def __call__(
+        self, x: Float[Array, "B H W C"], rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B H W C"]:
         x = self.cpe1(x)
         x = self.mixer(x, self.norm1, self.drop_path(len(x), rngs))
         x = self.cpe2(x)
@@ -619,17 +413,29 @@ class Block(nnx.Module):
 class Stage(nnx.Module):
     """Blocks at one resolution, and the way down to the next (None in the last stage)."""
 
-    def __init__(self, config, stage, drop_paths, *, remat, implementation, precision, rngs):
-        options = {"implementation": implementation, "precision": precision, "rngs": rngs}
+    def __init__(
+        self,
+        config: VSSDConfig,
+        stage: int,
+        drop_paths: list[float],
+        *,
+        remat: bool,
+        implementation: str | None,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options: dict[str, Any] = {
+            "implementation": implementation, "precision": precision, "rngs": rngs,
+        }  # fmt: skip
         self.blocks = nnx.List([Block(config, stage, rate, **options) for rate in drop_paths])
         self.remat = remat
         self.deterministic = False
-        make = {"conv": ConvDownsample, "patch": PatchDownsample}[config.downsample]
-        channels = config.embed_dim * 2**stage
-        options["implementation"] = of_other_kernels(implementation)
-        self.downsample = make(channels, **options) if stage < 3 else None
+        downsample = {"conv": ConvDownsample, "patch": PatchDownsample}[config.downsample]
+        self.downsample = downsample(config.widths[stage], **options) if stage < 3 else None
 
-    def __call__(self, x, rngs=None):
+    def __call__(
+        self, x: Float[Array, "B H W C"], rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B H W C"]:
         """Returns the output of the last block; `downsample` is left to the caller."""
         remat = self.remat and not self.deterministic  # evaluation has no backward pass
         for block in self.blocks:
@@ -646,9 +452,11 @@ class VSSD(nnx.Module):
         LayerNorm on each feature map.
       dtype: float32 or bfloat16 activations.
       remat: recompute the blocks in the backward pass instead of keeping their activations.
-      implementation: of the kernels: None (the best for the device), "xla", "pallas", "triton".
+      implementation: of the operations: None (the best for the device), "xla", "pallas", "triton".
       rngs: with a `params` stream for the initialisation.
     """
+
+    strides = (4, 8, 16, 32)
 
     def __init__(
         self,
@@ -659,37 +467,30 @@ class VSSD(nnx.Module):
         remat: bool = False,
         implementation: str | None = None,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         check_name(implementation)
-        precision, other = Precision(jnp.dtype(dtype)), of_other_kernels(implementation)
-        options = {"precision": precision, "rngs": rngs}
+        precision = Precision(jnp.dtype(dtype))
+        norm_options: dict[str, Any] = {"implementation": implementation, "precision": precision}
+        options = {**norm_options, "rngs": rngs}
         self.config, self.num_classes, self.precision = config, num_classes, precision
+        self.widths = config.widths
         stem = {"conv": ConvStem, "patch": PatchStem}[config.stem]
-        self.stem = stem(config.embed_dim, implementation=other, **options)
+        self.stem = stem(config.embed_dim, **options)
         rates = np.linspace(0, config.drop_path, sum(config.depths)).tolist()
         self.stages = nnx.List()
         for stage, depth in enumerate(config.depths):
             first = sum(config.depths[:stage])
             stage_rates = rates[first : first + depth]
-            self.stages.append(
-                Stage(
-                    config,
-                    stage,
-                    stage_rates,
-                    remat=remat,
-                    implementation=implementation,
-                    **options,
-                )
-            )
-        widths = [config.embed_dim * 2**stage for stage in range(4)]
-        norm_options = {"implementation": other, "precision": precision}
+            self.stages.append(Stage(config, stage, stage_rates, remat=remat, **options))
         if num_classes is None:
-            self.out_norms = nnx.List([LayerNorm(width, **norm_options) for width in widths])
+            self.out_norms = nnx.List([LayerNorm(width, **norm_options) for width in self.widths])
         else:
-            self.norm = LayerNorm(widths[-1], **norm_options)
-            self.head = Linear(widths[-1], num_classes, **options)
+            self.norm = LayerNorm(self.widths[-1], **norm_options)
+            self.head = Linear(self.widths[-1], num_classes, precision=precision, rngs=rngs)
 
-    def feature_maps(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
+    def feature_maps(
+        self, images: Float[Array, "B H W C"], rngs: nnx.Rngs | None = None
+    ) -> list[jax.Array]:
         """The outputs of the four stages, normalised if this is a backbone.
 
         Args:
@@ -712,8 +513,114 @@ class VSSD(nnx.Module):
             maps = [norm(x) for norm, x in zip(self.out_norms, maps, strict=True)]
         return maps
 
-    def __call__(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+    def __call__(
+        self, images: Float[Array, "B H W C"], rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B K"]:
         """(B, H, W, 3) images -> (B, num_classes) logits in float32."""
         x = self.norm(self.feature_maps(images, rngs)[-1])
         x = x.astype(self.precision.state).mean((1, 2))
         return self.head(x).astype(self.precision.state)
+
+
+# --- The released checkpoints -------------------------------------------------------------------
+
+_SSD = tuple(
+    torch_names.Leaf(name, name, torch_names.SAME_LAYOUT) for name in ("dt_bias", "A_log", "D")
+)
+_CONV_NORMS = {
+    "patch_embed.conv1": "stem.conv1",
+    "patch_embed.conv2.0": "stem.conv2",
+    "patch_embed.conv2.1": "stem.conv3",
+    "patch_embed.conv3.0": "stem.conv4",
+    "patch_embed.conv3.1": "stem.conv5",
+    "layers.{}.downsample.conv.2": "stages.{}.downsample.conv3",
+}
+_BLOCK = (
+    Row("cpe1", "cpe1", torch_names.DEPTHWISE),
+    Row("norm1", "norm1", torch_names.NORM),
+    Row("attn", "mixer", _SSD),
+    Row("attn.in_proj", "mixer.in_proj", torch_names.LINEAR),
+    Row("attn.conv2d", "mixer.conv", torch_names.DEPTHWISE),
+    Row("attn.norm", "mixer.norm", torch_names.NORM),
+    Row("attn.out_proj", "mixer.out_proj", torch_names.LINEAR),
+    Row("attn.to_qkv", "mixer.qkv", torch_names.LINEAR),
+    Row("attn.to_out", "mixer.out", torch_names.LINEAR),
+    Row("cpe2", "cpe2", torch_names.DEPTHWISE),
+    Row("norm2", "norm2", torch_names.NORM),
+    Row("mlp.fc1", "mlp.fc1", torch_names.LINEAR),
+    Row("mlp.fc2", "mlp.fc2", torch_names.LINEAR),
+)
+TORCH_TABLE = (
+    *(Row(f"{a}.conv", f"{b}.conv", torch_names.CONV) for a, b in _CONV_NORMS.items()),
+    *(Row(f"{a}.norm", f"{b}.norm", torch_names.BATCH_NORM) for a, b in _CONV_NORMS.items()),
+    Row("patch_embed.norm", "stem.norm", torch_names.NORM),
+    Row("layers.{}.downsample.conv.0.conv", "stages.{}.downsample.conv1", torch_names.CONV),
+    Row("layers.{}.downsample.conv.1.conv", "stages.{}.downsample.conv2", torch_names.DEPTHWISE),
+    Row("layers.{}.downsample.norm", "stages.{}.downsample.norm", torch_names.NORM),
+    *torch_names.under("layers.{}.blocks.{}.", "stages.{}.blocks.{}.", _BLOCK),
+    Row("outnorm{}", "out_norms.{}", torch_names.NORM),
+    Row("norm", "norm", torch_names.NORM),
+    Row("head", "head", torch_names.LINEAR),
+)
+
+
+def recognise_backbone(
+    shapes: TensorShapes, known: Mapping[str, Any] | None, given: Collection[str]
+) -> dict[str, Any]:
+    """The fields of a `VSSDConfig` that a backbone's tensors show, see `Recogniser`."""
+    conv_stem = "patch_embed.norm.weight" not in shapes
+    stages = [shapes.under(f"layers.{stage}.") for stage in range(4)]
+    fields: dict[str, Any] = {
+        "embed_dim": shapes.size("patch_embed.conv1.conv.weight") * (2 if conv_stem else 1),
+        "depths": tuple(stage.count("blocks.") for stage in stages),
+        "stem": "conv" if conv_stem else "patch",
+        "downsample": "conv" if "downsample.conv.1.conv.weight" in stages[0] else "patch",
+    }
+    if known is None:
+        return fields
+    mixers, num_heads = list(known["mixers"]), list(known["num_heads"])
+    for i, stage in enumerate(stages):
+        mixer = stage.under("blocks.0.attn.")
+        if "to_qkv.weight" in mixer:  # whose heads do not show
+            mixers[i] = "attention"
+            continue
+        mixers[i] = "ncssd" if mixers[i] == "attention" else mixers[i]
+        num_heads[i] = mixer.size("A_log")
+        inner = mixer.size("norm.weight")
+        fields["expand"] = inner // mixer.size("in_proj.weight", 1)
+        # Groups times d_state: only the product shows.
+        states = (mixer.size("conv2d.weight") - inner) // 2
+        if states != known["ngroups"] * known["d_state"]:
+            field, other = ("d_state", "ngroups") if "ngroups" in given else ("ngroups", "d_state")
+            fields[field] = states // known[other]
+    return fields | {"mixers": tuple(mixers), "num_heads": tuple(num_heads)}
+
+
+def _recognise(
+    shapes: TensorShapes, known: Mapping[str, Any] | None, given: Collection[str]
+) -> Recognised | None:
+    if not shapes.any_under("patch_embed.", "layers."):
+        return None
+    return Recognised(shapes.size("head.weight"), recognise_backbone(shapes, known, given))
+
+
+FAMILY = register(
+    Family(
+        prefix="vssd_",
+        variants={
+            "nano": VSSDConfig.nano,
+            "micro": VSSDConfig.micro,
+            "tiny": VSSDConfig.tiny,
+            "small": VSSDConfig.small,
+            "base": VSSDConfig.base,
+        },
+        module=VSSD,
+        num_classes=1000,
+        classifier=("head.",),
+        torch_table=TORCH_TABLE,
+        recognise=_recognise,
+        recognise_backbone=recognise_backbone,
+        telling=("embed_dim", "depths"),
+        training_fields=("drop_path",),
+    )
+)

@@ -1,194 +1,28 @@
-"""Checkpoints of a run by Orbax: the latest two and the best one are kept.
+"""The checkpoints of a run: the latest two and the best one are kept.
 
-A checkpoint has two parts: "ema", the averaged weights that evaluation reads, by dotted name;
-and "train", the rest of the training state. It is complete once it holds the checksums of its
-files: Orbax reads a flipped byte of an array without complaint.
-
-For every array Orbax runs a millisecond of Python, which a training step would have to wait for.
-What each device has whole is therefore saved as one vector for each dtype, and the checkpoint's
-metadata tell the layout.
+What is saved are named arrays in parts; see `vssd_jax.weights.checkpoint` for their form on disk.
 """
 
 import errno
 import functools
-import hashlib
-import json
-import math
 import os
 import pathlib
-import shutil
-import sys
 import threading
+from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from vssd_jax.distributed import failure, is_main
 from vssd_jax.errors import UserError
-from vssd_jax.training.state import TrainState
+from vssd_jax.weights import checkpoint
 
-_FOLDER = "checkpoints"
-_CHECKSUMS = "checksums.json"
-
-
-def read_ema(workdir: str | os.PathLike) -> tuple[dict[str, np.ndarray], int]:
-    """The averaged weights of the latest complete checkpoint, and its step.
-
-    Raises:
-      UserError: there is no checkpoint yet.
-    """
-    root = pathlib.Path(workdir).absolute() / _FOLDER
-    for step in reversed(_steps(root)):
-        folder = root / str(step)
-        problem = _problem(folder)
-        if problem == "damaged":
-            print(f"warning: {folder} is damaged and passed over", file=sys.stderr)
-        if problem is None:
-            break
-    else:
-        raise UserError(f"{workdir} has no checkpoint yet")
-    return read_part(folder, "ema"), step
-
-
-def read_part(folder: pathlib.Path, part: str) -> dict[str, np.ndarray]:
-    """The arrays of one part of a checkpoint, "ema" or "train", by name."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    found = ocp.checkpointables_metadata(folder)
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-        for name, leaf in found.metadata[part].items()
-    }
-    arrays = ocp.load_checkpointables(folder, {part: abstract})[part]
-    arrays = {name: np.asarray(value) for name, value in arrays.items()}
-    return _unpack(arrays, _layouts(found)[part])
-
-
-def _steps(root: pathlib.Path) -> list[int]:
-    if not root.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdigit())
-
-
-# --- Whole or not -----------------------------------------------------------------------------
-
-
-def _checksums(folder: pathlib.Path) -> dict[str, str]:
-    """SHA-256 of each file by its path."""
-    sums = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.name.startswith(_CHECKSUMS):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            sums[path.relative_to(folder).as_posix()] = digest
-    return sums
-
-
-def _write_checksums(folder: pathlib.Path) -> None:
-    part = folder / f"{_CHECKSUMS}.part"
-    with part.open("w") as file:
-        json.dump(_checksums(folder), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, folder / _CHECKSUMS)
-
-
-def _problem(folder: pathlib.Path) -> str | None:
-    """"incomplete", "damaged" or None."""
-    path = folder / _CHECKSUMS
-    if not folder.name.isdigit() or not path.exists():
-        return "incomplete"
-    try:
-        expected = json.loads(path.read_bytes())
-    except ValueError:
-        return "damaged"
-    found = _checksums(folder)
-    if expected.keys() - found.keys():
-        return "incomplete"  # killed while removing it
-    return None if found == expected else "damaged"
-
-
-def _clean_up(root: pathlib.Path) -> None:
-    """Removes what a killed process left, and moves damaged checkpoints out of the way."""
-    for folder in sorted(root.iterdir()) if root.is_dir() else ():
-        problem = _problem(folder)
-        if problem == "incomplete":
-            print(f"warning: the checkpoint {folder} is incomplete: removed", file=sys.stderr)
-            shutil.rmtree(folder)
-        elif problem == "damaged":
-            place = root.parent / "damaged" / folder.name
-            while place.exists():
-                place = place.with_name(place.name + "_")
-            place.parent.mkdir(exist_ok=True)
-            os.rename(folder, place)
-            print(f"warning: the checkpoint {folder} is damaged: now {place}", file=sys.stderr)
-
-
-# --- Saving and restoring ---------------------------------------------------------------------
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """A tree's leaves by their paths: Orbax then need not know our classes."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _parts(state: TrainState) -> dict[str, dict]:
-    return {"ema": state.ema, "train": _named(state.replace(ema={}))}
-
-
-def _layout(leaves: dict[str, Any]) -> dict[str, list]:
-    """Names and shapes of the arrays that each vector is made of."""
-    layout = {}
-    for name, leaf in leaves.items():
-        if leaf.sharding.is_fully_replicated:
-            layout.setdefault(f"packed_{leaf.dtype}", []).append((name, leaf.shape))
-    return layout
-
-
-def _layouts(found) -> dict[str, dict]:
-    """The layout of each part in a checkpoint's metadata; the first checkpoints had none."""
-    return found.custom_metadata or {part: {} for part in found.metadata}
-
-
-def _members(layout: dict[str, list]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for members in layout.values() for name, shape in members}
-
-
-@jax.jit
-def _concatenate(groups: dict[str, list]) -> dict[str, jax.Array]:
-    return {
-        vector: jnp.concatenate([leaf.ravel() for leaf in leaves])
-        for vector, leaves in groups.items()
-    }
-
-
-def _pack(leaves: dict[str, Any], layout: dict[str, list]) -> dict[str, Any]:
-    packed = _members(layout)
-    groups = {vector: [leaves[n] for n, _ in members] for vector, members in layout.items()}
-    return _concatenate(groups) | {n: leaf for n, leaf in leaves.items() if n not in packed}
-
-
-def _unpack(arrays: dict[str, Any], layout: dict[str, list]) -> dict[str, Any]:
-    leaves = {name: array for name, array in arrays.items() if name not in layout}
-    for vector, members in layout.items():
-        start = 0
-        for name, shape in members:
-            end = start + math.prod(shape)
-            leaves[name] = arrays[vector][start:end].reshape(shape)
-            start = end
-    return leaves
-
-
-def _everywhere(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """An array of any rank, whole on each device of `sharding`."""
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec())
-    return sharding
+# Part -> name -> array, or its shape, dtype and sharding.
+Parts = Mapping[str, Mapping[str, Any]]
 
 
 class Checkpoints:
@@ -201,11 +35,11 @@ class Checkpoints:
       best_metric: the metric whose highest value marks the best checkpoint.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, best_metric: str):
+    def __init__(self, workdir: str | os.PathLike, *, best_metric: str) -> None:
         self._best_metric = best_metric
-        self._root = pathlib.Path(workdir).absolute() / _FOLDER
+        self._root = pathlib.Path(workdir).absolute() / checkpoint.FOLDER
         if is_main():
-            _clean_up(self._root)
+            checkpoint.clean_up(self._root)
         multihost_utils.sync_global_devices("checkpoints are clean")
         policies = ocp.training.preservation_policies
         context = ocp.Context()
@@ -223,7 +57,7 @@ class Checkpoints:
         self._error: Exception | None = None
         self._complete = self.latest_step
 
-    def _score(self, metrics) -> float:
+    def _score(self, metrics: Mapping[str, float] | None) -> float:
         return metrics.get(self._best_metric, float("-inf")) if metrics else float("-inf")
 
     @property
@@ -242,43 +76,42 @@ class Checkpoints:
         )
         return None if best is None else best.step
 
-    def metrics(self, step: int) -> dict[str, float]:
-        """That were saved with the checkpoint of `step`."""
-        for checkpoint in self._checkpointer.checkpoints:
-            if checkpoint.step == step:
-                return checkpoint.metrics or {}
+    def metrics(self, step: int | None) -> dict[str, float]:
+        """The metrics that were saved with the checkpoint of `step`."""
+        for saved in self._checkpointer.checkpoints:
+            if saved.step == step:
+                return saved.metrics or {}
         return {}
 
-    def save(self, state: TrainState, metrics: dict[str, float]) -> None:
+    def save(self, step: int, parts: Parts, metrics: dict[str, float]) -> None:
         """Starts to save; returns as soon as the arrays may change again.
 
         Raises:
           UserError: this or the last checkpoint cannot be written.
         """
         self.wait()
-        self._saving = threading.Thread(target=self._finish, args=self._start(state, metrics))
+        response = self._start(step, parts, metrics)
+        self._saving = threading.Thread(target=self._finish, args=(response, step))
         self._saving.start()
 
-    def _start(self, state: TrainState, metrics: dict[str, float]) -> tuple:
-        step, parts = int(state.step), _parts(state)
-        layouts = {part: _layout(leaves) for part, leaves in parts.items()}
-        packed = {part: _pack(leaves, layouts[part]) for part, leaves in parts.items()}
+    def _start(self, step: int, parts: Parts, metrics: dict[str, float]) -> Any:
+        layouts = {part: checkpoint.layout_of(arrays) for part, arrays in parts.items()}
+        packed = {part: checkpoint.pack(arrays, layouts[part]) for part, arrays in parts.items()}
         try:
-            response = self._checkpointer.save_checkpointables_async(
+            return self._checkpointer.save_checkpointables_async(
                 step, packed, metrics=metrics, custom_metadata=layouts, force=True
             )
         except Exception as error:
             self._error = error
             self.wait()
-        return response, step
 
-    def _finish(self, response, step: int) -> None:
+    def _finish(self, response: Any, step: int) -> None:
         try:
             response.result()
             if is_main():
-                _write_checksums(self._root / str(step))
+                checkpoint.write_checksums(self._root / str(step))
             self._complete = step
-        except Exception as error:  # told by `wait`, in the main thread
+        except Exception as error:  # raised by `wait`, in the main thread
             self._error = error
 
     def wait(self) -> None:
@@ -299,51 +132,55 @@ class Checkpoints:
                 f"can resume from {last}"
             ) from self._error
 
-    def restore(self, abstract: TrainState) -> TrainState:
-        """The latest state, placed as the shardings of `abstract` say.
+    def restore(self, abstract: Parts) -> dict[str, dict[str, jax.Array]]:
+        """The parts of the latest checkpoint.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the arrays wanted.
 
         Raises:
-          UserError: the checkpoint is of another model or optimizer.
+          UserError: the checkpoint has other arrays.
         """
-        step, parts = self.latest_step, _parts(abstract)
+        step = self.latest_step
         found = self._checkpointer.checkpointables_metadata(step)
-        stored, layouts = found.metadata, _layouts(found)
-        for part, wanted in parts.items():
+        stored, layouts = found.metadata, checkpoint.layouts_of(found)
+        for part, wanted in abstract.items():
             saved = {name: tuple(leaf.shape) for name, leaf in stored[part].items()}
             saved = {n: shape for n, shape in saved.items() if n not in layouts[part]}
-            if saved | _members(layouts[part]) != {n: leaf.shape for n, leaf in wanted.items()}:
+            saved |= checkpoint.members(layouts[part])
+            if saved != {name: tuple(leaf.shape) for name, leaf in wanted.items()}:
                 raise UserError(
                     f"the checkpoint of step {step} in {self._checkpointer.directory} does not fit "
                     "the config; use another --workdir, or the model and optimizer it was trained "
                     "with"
                 )
-        whole = _everywhere(abstract.step.sharding)
         packed = {
             part: {
-                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_replicated(wanted))
                 if name in layouts[part]
-                else parts[part][name]
+                else wanted[name]
                 for name, leaf in stored[part].items()
             }
-            for part in parts
+            for part, wanted in abstract.items()
         }
         packed = self._checkpointer.load_checkpointables(step, packed)
-        leaves = {
+        return {
             part: jax.jit(
-                functools.partial(_unpack, layout=layouts[part]),
+                functools.partial(checkpoint.unpack, layout=layouts[part]),
                 out_shardings={name: leaf.sharding for name, leaf in wanted.items()},
             )(packed[part])
-            for part, wanted in parts.items()
+            for part, wanted in abstract.items()
         }
-        structure = jax.tree.structure(abstract.replace(ema={}))
-        names = _named(abstract.replace(ema={}))
-        state = jax.tree.unflatten(structure, [leaves["train"][name] for name in names])
-        return state.replace(ema=leaves["ema"])
 
-    def __enter__(self):
+    def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind, *exc):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if kind is None:
             self.wait()
         elif self._saving is not None:
@@ -352,12 +189,21 @@ class Checkpoints:
             self._checkpointer.close()
 
 
-def _reason(error: Exception) -> str:
+def _replicated(arrays: Mapping[str, Any]) -> jax.sharding.Sharding:
+    """A sharding that leaves an array of any rank whole on each device of `arrays`."""
+    sharding = next(iter(arrays.values())).sharding
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec())
+    return sharding
+
+
+def _reason(error: BaseException) -> str:
     """The system's own word in an error of Orbax, whose messages fill a page."""
-    while error is not None:
-        text = str(error)
+    current: BaseException | None = error
+    while current is not None:
+        text = str(current)
         for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
             if os.strerror(code) in text:
                 return os.strerror(code)
-        error, last = error.__cause__ or error.__context__, error
-    return f"{type(last).__name__}: {str(last).splitlines()[0] if str(last) else ''}"
+        current, error = current.__cause__ or current.__context__, current
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -6,6 +6,7 @@ import optax
 
 from vssd_jax.config import total_steps
 from vssd_jax.errors import UserError, did_you_mean
+from vssd_jax.models.split import SplitModel
 
 
 def make_schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
@@ -40,32 +41,38 @@ def make_schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> op
     return lambda step: after(jnp.asarray(step, float))
 
 
-def decay_mask(params: dict, no_decay: str) -> dict:
-    """Which tensors have weight decay.
+def decayed(model: SplitModel, no_decay: str) -> dict[str, bool]:
+    """Which parameters have weight decay, by dotted name.
 
     Args:
-      params: arrays by dotted name.
+      model: whose parameters these are.
       no_decay: "vectors" leaves out all with fewer than two dimensions (the classification
-        recipe); "norms" only scales and biases of normalisation (detection, segmentation).
+        recipe); "norms" only the parameters of norms, whatever their names (detection,
+        segmentation).
+
+    Raises:
+      UserError: another `no_decay`.
     """
+    shapes = model.parameter_shapes
     if no_decay == "vectors":
-        return {name: value.ndim >= 2 for name, value in params.items()}
+        return {name: len(shape) >= 2 for name, shape in shapes.items()}
     if no_decay == "norms":
-        return {
-            name: not any(
-                part in ("norm", "norm1", "norm2", "out_norms") for part in name.split(".")
-            )
-            for name in params
-        }
+        return {name: name not in model.norm_parameters for name in shapes}
     raise UserError(
         f"unknown no_decay {no_decay!r}{did_you_mean(no_decay, ('vectors', 'norms'))}"
     )
 
 
 def make_optimizer(
-    config: ml_collections.ConfigDict, schedule: optax.Schedule
+    config: ml_collections.ConfigDict, schedule: optax.Schedule, mask: dict[str, bool]
 ) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay, after clipping by the global norm."""
+    """AdamW with decoupled weight decay, after clipping by the global norm.
+
+    Args:
+      config: of the run.
+      schedule: the learning rate by step.
+      mask: which parameters have weight decay, see `decayed`.
+    """
     b1, b2 = config.betas
     adamw = optax.adamw(
         schedule,
@@ -73,7 +80,7 @@ def make_optimizer(
         b2=b2,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        mask=lambda params: decay_mask(params, config.no_decay),
+        mask=mask,
     )
     if not config.clip_grad_norm:
         return adamw

@@ -4,22 +4,25 @@ import importlib.metadata
 import json
 import math
 import platform
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from clu import parameter_overview
 
+from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
 from vssd_jax.training.state import TrainState
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
-def state_bytes(state: TrainState) -> int:
-    """Of the whole state: the size of a checkpoint."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+def total_bytes(tree: Any) -> int:
+    """Of arrays (or their shapes), whole: for the state, the size of a checkpoint."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def device_bytes(tree) -> int:
+def device_bytes(tree: Any) -> int:
     """Of the part of sharded arrays (or their shapes) that lies on each device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -27,7 +30,7 @@ def device_bytes(tree) -> int:
     )
 
 
-def describe(config: dict, mesh: jax.sharding.Mesh, state: TrainState) -> str:
+def describe(config: Mapping[str, Any], mesh: jax.sharding.Mesh, state: TrainState) -> str:
     """Versions, devices, mesh, parameters, memory of the state and config.
 
     Args:
@@ -76,8 +79,11 @@ def program_bytes(program: jax.stages.Compiled) -> int:
     )
 
 
-def describe_program(program: jax.stages.Compiled) -> str:
-    return f"memory per device: training step {_size(program_bytes(program))}"
+def announce(program: jax.stages.Compiled) -> None:
+    """Says how much memory a training step takes; a UserError if a device has less."""
+    needed = program_bytes(program)
+    say(f"memory per device: training step {_size(needed)}")
+    check_memory(needed, "a training step")
 
 
 def _size(count: int) -> str:

@@ -1,10 +1,6 @@
-"""The training state and one step: plain functions of arrays by dotted name.
+"""The training state, and the named arrays that a checkpoint holds of it."""
 
-A model is split once into its structure and its arrays; inside a step the two are merged
-again, so that any Flax NNX module trains under `jax.jit` with any sharding.
-"""
-
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -12,11 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
-from vssd_jax.models.family import abstract
-
-Arrays = dict[str, jax.Array]
+from vssd_jax.models.split import Arrays, SplitModel
 
 
 @flax.struct.dataclass
@@ -39,55 +32,8 @@ class TrainState:
     nonfinite: jax.Array
 
 
-class Functional:
-    """A module as structure plus named arrays.
-
-    Args:
-      build: makes the module in training mode from an `nnx.Rngs`.
-
-    Attributes:
-      abstract: the module in evaluation mode, with shapes in place of arrays.
-    """
-
-    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
-        self._build = build
-        model = abstract(build)
-        self._train_graph, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
-        model.eval()
-        self._eval_graph = nnx.graphdef(model)
-        self.abstract = model
-        self._structures = [jax.tree.structure(state) for state in states]
-        self._names = [
-            [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)] for state in states
-        ]
-
-    def _flat(self, states) -> list[Arrays]:
-        return [
-            dict(zip(names, jax.tree.leaves(state), strict=True))
-            for names, state in zip(self._names, states, strict=True)
-        ]
-
-    def init(self, key: jax.Array) -> tuple[Arrays, Arrays]:
-        """Fresh parameters and BatchNorm statistics."""
-        model = self._build(nnx.Rngs(params=key))
-        return tuple(self._flat(nnx.split(model, nnx.Param, nnx.BatchStat)[1:]))
-
-    def merge(self, arrays: Arrays, *, training: bool) -> nnx.Module:
-        """The module with these parameters and statistics."""
-        states = [
-            jax.tree.unflatten(structure, [arrays[name] for name in names])
-            for structure, names in zip(self._structures, self._names, strict=True)
-        ]
-        graph = self._train_graph if training else self._eval_graph
-        return nnx.merge(graph, *states, copy=True)
-
-    def batch_stats(self, model: nnx.Module) -> Arrays:
-        """The BatchNorm statistics of a merged module, after its forward pass."""
-        return self._flat(nnx.split(model, nnx.Param, nnx.BatchStat)[1:])[1]
-
-
 def init_state(
-    functional: Functional,
+    model: SplitModel,
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     weights: Mapping[str, np.ndarray] | None = None,
@@ -95,14 +41,14 @@ def init_state(
     """The state before the first step; the average starts at the initialisation.
 
     Args:
-      functional, optimizer: see there.
+      model, optimizer: see there.
       key: of the initialisation.
       weights: take the place of fresh parameters and statistics, by dotted name.
     """
     weights = weights or {}
     params, batch_stats = (
         {name: jnp.asarray(weights.get(name, value), value.dtype) for name, value in part.items()}
-        for part in functional.init(key)
+        for part in model.init(key)
     )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -114,82 +60,21 @@ def init_state(
     )
 
 
-def make_train_step(
-    functional: Functional,
-    optimizer: optax.GradientTransformation,
-    loss: Callable,
-    *,
-    ema_decay: float,
-    accumulate: int = 1,
-) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict]]:
-    """One optimizer step, to be compiled by the caller.
+def to_parts(state: TrainState) -> dict[str, dict[str, Any]]:
+    """The parts of a checkpoint: "ema", by dotted name, and "train", the rest by tree path.
 
-    Args:
-      functional, optimizer: see above.
-      loss: `loss(model, batch, *, step, rngs, teacher) -> (scalar, dict of scalars)`; `teacher` is
-        the averaged model in evaluation mode.
-      ema_decay: of the average, over parameters and statistics alike.
-      accumulate: micro-batches that one step averages the gradients of.
-
-    Returns:
-      `step(state, batch, key) -> (state, metrics)`. A step whose loss or gradient is not finite
-      changes nothing but the counters.
+    Names and arrays instead of the state itself: Orbax then need not know our classes.
     """
+    return {"ema": state.ema, "train": _named(state.replace(ema={}))}
 
-    def micro_batch_gradient(params, batch_stats, state, batch, key):
-        def loss_fn(params):
-            model = functional.merge({**params, **batch_stats}, training=True)
-            teacher = functional.merge(state.ema, training=False)
-            value, metrics = loss(
-                model, batch, step=state.step, rngs=nnx.Rngs(key), teacher=teacher
-            )
-            return value, ({"loss": value, **metrics}, functional.batch_stats(model))
 
-        gradient, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(params)
-        return gradient, batch_stats, metrics
+def from_parts(parts: Mapping[str, dict[str, Any]], like: TrainState) -> TrainState:
+    """The inverse of `to_parts`; `like` has the structure."""
+    rest = like.replace(ema={})
+    leaves = [parts["train"][name] for name in _named(rest)]
+    return jax.tree.unflatten(jax.tree.structure(rest), leaves).replace(ema=parts["ema"])
 
-    def gradient_of(state, batch, key):
-        if accumulate == 1:
-            return micro_batch_gradient(state.params, state.batch_stats, state, batch, key)
 
-        # Every accumulate-th sample: each device keeps its own rows.
-        micro = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch
-        )
-
-        def add(carry, inputs):
-            total, batch_stats = carry
-            gradient, batch_stats, metrics = micro_batch_gradient(
-                state.params, batch_stats, state, inputs[0], inputs[1]
-            )
-            return (jax.tree.map(jnp.add, total, gradient), batch_stats), metrics
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        keys = jax.random.split(key, accumulate)
-        (gradient, batch_stats), metrics = jax.lax.scan(
-            add, (zeros, state.batch_stats), (micro, keys)
-        )
-        gradient, metrics = (
-            jax.tree.map(lambda x: x / accumulate, gradient),
-            jax.tree.map(lambda x: x.mean(0), metrics),
-        )
-        return gradient, batch_stats, metrics
-
-    def train_step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(key, state.step)
-        gradient, batch_stats, metrics = gradient_of(state, batch, key)
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update({**params, **batch_stats}, state.ema, 1 - ema_decay)
-        new = (params, batch_stats, opt_state, ema)
-        old = (state.params, state.batch_stats, state.opt_state, state.ema)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-        state = TrainState(
-            state.step + 1, *new, nonfinite=jnp.where(finite, 0, state.nonfinite + 1)
-        )
-        skipped = 1 - finite.astype(jnp.float32)
-        return state, {**metrics, "grad_norm": norm, "skipped": skipped}
-
-    return train_step
+def _named(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

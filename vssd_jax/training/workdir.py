@@ -7,19 +7,22 @@ import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from vssd_jax.distributed import is_main, say
 from vssd_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def opened(workdir: pathlib.Path, config: dict, *, checkpoint_bytes: int) -> Iterator[None]:
+def claim(
+    workdir: pathlib.Path, config: Mapping[str, Any], *, checkpoint_bytes: int
+) -> Iterator[None]:
     """Makes the folder, keeps others out while the context lasts, and notes the config in it.
 
     Args:
       workdir: the folder.
-      config: of the run; if it differs from the folder's, that is told, not refused.
+      config: of the run; a difference from the folder's is reported, not refused.
       checkpoint_bytes: size of a checkpoint; at least that much must be free.
 
     Raises:
@@ -63,8 +66,8 @@ def _lock(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _note_config(path: pathlib.Path, config: dict) -> None:
-    text = json.dumps(config, indent=2)
+def _note_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+    text = json.dumps(dict(config), indent=2)
     if path.exists():
         old, new = json.loads(path.read_text()), json.loads(text)
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))

@@ -1,4 +1,4 @@
-"""Weights from wherever they lie, as parameters by the names used here."""
+"""Weights from wherever they lie, as parameters by the names of this project."""
 
 import dataclasses
 import json
@@ -8,20 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from vssd_jax.errors import UserError
-from vssd_jax.models import family
-from vssd_jax.weights import names, state
+from vssd_jax.models import family, torch_names
+from vssd_jax.weights import hub, state
 from vssd_jax.weights.folder import Weights, check_dtypes, read_arrays, read_folder
+from vssd_jax.weights.recognise import check_equal, recognise
 from vssd_jax.weights.torch_file import read_torch_file, select_state_dict
-
-# Fields of a model's config that change its training alone.
-_TRAINING = (
-    "drop_path", "dropout", "aux_weight",
-    "rpn_pre_nms_train", "rpn_samples", "rpn_positive_fraction",
-    "roi_samples", "roi_positive_fraction", "roi_add_objects",
-)  # fmt: skip
 
 
 def load(
@@ -35,12 +28,12 @@ def load(
     """Reads weights and checks that each tensor has its place.
 
     Args:
-      source: a weights folder; a `.pth` file; a `.safetensors` file, with PyTorch's names or the
-        ones used here; `hf://owner/repo/file`, downloaded through huggingface_hub; or the workdir
+      source: a weights folder; a `.pth` file; a `.safetensors` file, with PyTorch's names or those
+        of this project; `hf://owner/repo/file`, downloaded through huggingface_hub; or the workdir
         of a training run, whose averaged weights at the latest checkpoint are taken.
       model: the name that the weights must have; None recognises it from the tensors.
       which: "model" or "ema" of a `.pth` file; None is the EMA where it has one.
-      overrides: fields of the model's config; needed for what shapes do not tell, such as
+      overrides: fields of the model's config; needed for what shapes do not show, such as
         the kind of scan.
       backbone: take a classifier's weights too, if it is the backbone of `model`.
 
@@ -51,24 +44,24 @@ def load(
     source = os.fspath(source)
     if model is not None:
         family.find(model)
-    path = _download(source) if source.startswith("hf://") else Path(source)
+    path = hub.download(source) if source.startswith(hub.SCHEME) else Path(source)
     overrides = dict(overrides or {})
     try:
         if path.is_dir():
             weights = _read_workdir(path) if _is_workdir(path) else read_folder(path)
-            if backbone and weights.model.startswith("vssd_"):
-                model, overrides = _classifier(model, overrides)
+            if backbone and model is not None and _starts_backbone(weights.model, model):
+                model, overrides = _classifier_of(model, overrides)
             _check_agreement(weights, model, overrides)
             state.check(_shapes(weights), weights.params)
             check_dtypes(weights.params)
         else:
             if path.suffix == ".safetensors":
-                tensors, provenance = _torch_names(read_arrays(path)), {}
+                tensors, provenance = _with_torch_names(read_arrays(path)), {}
             else:
                 tensors, taken = select_state_dict(read_torch_file(path), which, path)
                 provenance, which = {"state_dict": taken}, None
-            if backbone and not any(name.startswith("backbone.") for name in tensors):
-                model, overrides = _classifier(model, overrides)
+            if backbone and model is not None and not _has_backbone(tensors):
+                model, overrides = _classifier_of(model, overrides)
             weights = _from_torch(tensors, model, overrides, provenance)
         if which is not None:
             raise UserError(f"there is no choice of {which!r}: only .pth files hold two models")
@@ -82,15 +75,19 @@ def load(
 
 def to_torch(weights: Weights) -> dict[str, np.ndarray]:
     """The state dict that PyTorch's model of the same name loads strictly."""
-    tensors = names.to_torch(_table(weights.model), weights.params)
-    counters = weights.provenance.get(names.COUNTER, 0)
+    table = family.find(weights.model)[0].torch_table
+    tensors = torch_names.to_torch(table, weights.params)
+    counters = weights.provenance.get(torch_names.COUNTER, 0)
     for name in list(tensors):
         module, _, leaf = name.rpartition(".")
         if leaf == "running_var" and counters is not None:
-            counter = f"{module}.{names.COUNTER}"
+            counter = f"{module}.{torch_names.COUNTER}"
             count = counters.get(counter, 0) if isinstance(counters, dict) else counters
             tensors[counter] = np.array(count, np.int64)
     return tensors
+
+
+# --- Folders ------------------------------------------------------------------------------------
 
 
 def _is_workdir(path: Path) -> bool:
@@ -98,7 +95,7 @@ def _is_workdir(path: Path) -> bool:
 
 
 def _read_workdir(path: Path) -> Weights:
-    from vssd_jax.training.checkpoints import read_ema
+    from vssd_jax.weights.checkpoint import read_ema  # Orbax: a second of imports
 
     config = json.loads((path / "config.json").read_text())
     params, step = read_ema(path)
@@ -111,87 +108,89 @@ def _read_workdir(path: Path) -> Weights:
     )
 
 
-def _download(uri: str) -> Path:
-    owner, _, rest = uri.removeprefix("hf://").partition("/")
-    repo, _, file = rest.partition("/")
-    if not (owner and repo and file):
-        raise UserError(f"{uri}: write hf://owner/repo/file")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.hf_hub_download(f"{owner}/{repo}", file))
-    except Exception as error:  # each of its transports raises errors of its own
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{uri} cannot be downloaded: {type(error).__name__}: {reason}") from error
+def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
+    return _model_shapes(weights.model, weights.num_classes, weights.overrides)
 
 
-def _classifier(model: str, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _model_shapes(
+    name: str, num_classes: int, overrides: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    return state.shapes(
+        family.abstract(
+            lambda rngs: family.build(name, num_classes=num_classes, rngs=rngs, **overrides)
+        )
+    )
+
+
+def _check_agreement(weights: Weights, model: str | None, overrides: Mapping[str, Any]) -> None:
+    """A folder knows its model: a UserError if the caller's wishes contradict it."""
+    of_family, _ = family.find(weights.model)
+    if model not in (None, weights.model):
+        raise UserError(f"the weights are those of {weights.model}, not of {model}")
+    fields = family.architecture(family.make_config(weights.model, **weights.overrides))
+    asked = family.architecture(
+        family.make_config(weights.model, **(weights.overrides | dict(overrides)))
+    )
+    check_equal(fields, asked, of_family)
+
+
+# --- A classifier's weights for the backbone of another model ------------------------------------
+
+
+def _starts_backbone(classifier: str, model: str) -> bool:
+    return family.find(model)[0].backbone is family.find(classifier)[0]
+
+
+def _has_backbone(tensors: Mapping[str, np.ndarray]) -> bool:
+    return any(name.startswith("backbone.") for name in tensors)
+
+
+def _classifier_of(model: str, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Name and overrides of the classifier that `model` has as its backbone."""
-    name = f"vssd_{family.find(model)[1]}"
+    of_family, variant = family.find(model)
+    if of_family.backbone is None:
+        return model, overrides
+    name = of_family.backbone.prefix + variant
     fields = family.architecture(family.make_config(name))
     return name, {field: value for field, value in overrides.items() if field in fields}
 
 
-def _table(model: str):
-    return names.TABLES[model.rpartition("_")[0] + "_"]
+# --- PyTorch's tensors ---------------------------------------------------------------------------
 
 
-def _abstract(name, num_classes, overrides) -> nnx.Module:
-    return family.abstract(
-        lambda rngs: family.build(name, num_classes=num_classes, rngs=rngs, **overrides)
-    )
-
-
-def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
-    return state.shapes(_abstract(weights.model, weights.num_classes, weights.overrides))
-
-
-def _check_agreement(weights: Weights, model: str | None, overrides: Mapping[str, Any]) -> None:
-    """A folder knows its model: what the caller asks for must not contradict it."""
-    family.find(weights.model)
-    if model not in (None, weights.model):
-        raise UserError(f"the weights are those of {weights.model}, not of {model}")
-    here = family.architecture(family.make_config(weights.model, **weights.overrides))
-    asked = family.architecture(
-        family.make_config(weights.model, **(weights.overrides | dict(overrides)))
-    )
-    _check_equal(here, asked)
-
-
-def _check_equal(here, asked) -> None:
-    for field, value in here.items():
-        if field not in _TRAINING and value != asked[field]:
-            raise UserError(f"the weights contradict {field}={asked[field]!r}: theirs is {value!r}")
-
-
-def _torch_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """PyTorch's names and layouts for arrays that have either."""
-    for table in names.TABLES.values():
-        if all(names.known(table, name, here=True) for name in arrays):
-            return names.to_torch(table, arrays)
+def _with_torch_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """PyTorch's names and layouts for arrays that have either side's."""
+    for candidate in family.families():
+        if torch_names.covers(candidate.torch_table, arrays):
+            return torch_names.to_torch(candidate.torch_table, arrays)
     return arrays
 
 
-def _from_torch(tensors, model, overrides, provenance) -> Weights:
+def _from_torch(
+    tensors: Mapping[str, np.ndarray],
+    model: str | None,
+    overrides: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> Weights:
     model, num_classes, overrides = recognise(tensors, model, overrides)
-    table = _table(model)
-    model_shapes = state.shapes(_abstract(model, num_classes, overrides))
+    table = family.find(model)[0].torch_table
     # Shapes in PyTorch's layout, from arrays without memory.
-    zeros = {name: np.broadcast_to(np.int8(0), shape) for name, shape in model_shapes.items()}
-    expected = {name: zero.shape for name, zero in names.to_torch(table, zeros).items()}
+    zeros = {
+        name: np.broadcast_to(np.int8(0), shape)
+        for name, shape in _model_shapes(model, num_classes, overrides).items()
+    }
+    expected = {name: zero.shape for name, zero in torch_names.to_torch(table, zeros).items()}
     counters = {
         name: tensors[name]
-        for name in (f"{key.rpartition('.')[0]}.{names.COUNTER}" for key in expected)
+        for name in (f"{key.rpartition('.')[0]}.{torch_names.COUNTER}" for key in expected)
         if name in tensors
     }
     others = {name: value for name, value in tensors.items() if name not in counters}
     state.check(expected, others)
     check_dtypes(others)
-    params, _, _ = names.from_torch(table, tensors)
-    return Weights(
-        model, num_classes, overrides, params,
-        provenance | {names.COUNTER: _counts(counters)},
-    )  # fmt: skip
+    params, _, _ = torch_names.from_torch(table, tensors)
+    counts = {torch_names.COUNTER: _counts(counters)}
+    return Weights(model, num_classes, overrides, params, {**provenance, **counts})
 
 
 def _counts(counters: Mapping[str, np.ndarray]) -> int | dict[str, int] | None:
@@ -202,105 +201,3 @@ def _counts(counters: Mapping[str, np.ndarray]) -> int | dict[str, int] | None:
     if not values:
         return None
     return values if len(set(values.values())) > 1 else next(iter(values.values()))
-
-
-def recognise(
-    tensors: Mapping[str, np.ndarray], model: str | None, overrides: Mapping[str, Any]
-) -> tuple[str, int, dict[str, Any]]:
-    """The model that a state dict with PyTorch's names belongs to.
-
-    Args:
-      tensors: the state dict.
-      model: its name if that is known.
-      overrides: fields of the config that are known.
-
-    Returns:
-      The name, the size of the classifier, and `overrides` with what the shapes tell besides.
-
-    Raises:
-      UserError: no such model, or one that contradicts `model` or `overrides`.
-    """
-
-    def size(name: str, axis: int = 0) -> int:
-        if name not in tensors or tensors[name].ndim <= axis or tensors[name].shape[axis] == 0:
-            raise UserError(f"these are no weights of a VSSD: there is no usable tensor {name}")
-        return tensors[name].shape[axis]
-
-    if any(name.startswith(("rpn_head.", "roi_head.")) for name in tensors):
-        kind, prefix = "mask_rcnn_vssd_", "backbone."
-        heads = {
-            "fpn_channels": size("neck.lateral_convs.0.conv.weight"),
-            "box_channels": size("roi_head.bbox_head.shared_fcs.0.weight"),
-        }
-        num_classes = size("roi_head.bbox_head.fc_cls.weight") - 1
-    elif any(name.startswith("decode_head.") for name in tensors):
-        kind, prefix = "upernet_vssd_", "backbone."
-        heads = {
-            "channels": size("decode_head.bottleneck.conv.weight"),
-            "aux_channels": size("auxiliary_head.convs.0.conv.weight"),
-        }
-        num_classes = size("decode_head.conv_seg.weight")
-    else:
-        kind, prefix, heads = "vssd_", "", {}
-        num_classes = size("head.weight")
-
-    stem = "patch" if f"{prefix}patch_embed.norm.weight" in tensors else "conv"
-    layer = [f"{prefix}layers.{stage}." for stage in range(4)]
-    visible = {
-        "embed_dim": size(f"{prefix}patch_embed.conv1.conv.weight") * (2 if stem == "conv" else 1),
-        "depths": tuple(
-            len({name.split(".")[layer[0].count(".") + 1] for name in tensors
-                 if name.startswith(f"{start}blocks.")})
-            for start in layer
-        ),
-        "stem": stem,
-        "downsample": "conv" if f"{layer[0]}downsample.conv.1.conv.weight" in tensors else "patch",
-        **heads,
-    }  # fmt: skip
-
-    same = [
-        name
-        for name in family.list_models()
-        if name.startswith(kind)
-        and all(
-            family.architecture(family.make_config(name))[field] == visible[field]
-            for field in ("embed_dim", "depths")
-        )
-    ]
-    found = (
-        same[0]
-        if same
-        else f"a {kind[:-1]} with {visible['embed_dim']} channels and "
-        + (f"{visible['depths']} blocks")
-    )
-    if model is None and not same:
-        raise UserError(f"the tensors are those of {found}, which no known model has; name one")
-    model = model or found
-    known = family.architecture(family.make_config(model, **overrides))
-    if not model.startswith(kind) or any(
-        known[field] != visible[field] for field in ("embed_dim", "depths")
-    ):
-        raise UserError(f"the tensors are those of {found}, not of {model}")
-
-    mixers, num_heads = list(known["mixers"]), list(known["num_heads"])
-    for stage, start in enumerate(layer):
-        block = f"{start}blocks.0.attn."
-        if f"{block}to_qkv.weight" in tensors:
-            mixers[stage] = "attention"
-            continue
-        mixers[stage] = "ncssd" if mixers[stage] == "attention" else mixers[stage]
-        num_heads[stage] = size(f"{block}A_log")
-        inner = size(f"{block}norm.weight")
-        visible["expand"] = inner // size(f"{block}in_proj.weight", 1)
-        states = (size(f"{block}conv2d.weight") - inner) // 2  # groups times d_state
-        if states != known["ngroups"] * known["d_state"]:
-            field = "d_state" if "ngroups" in overrides else "ngroups"
-            visible[field] = states // known["d_state" if field == "ngroups" else "ngroups"]
-    visible |= {"mixers": tuple(mixers), "num_heads": tuple(num_heads)}
-    _check_equal({field: value for field, value in visible.items() if field in overrides}, known)
-    told = {field: value for field, value in visible.items() if value != known[field]}
-    try:
-        family.make_config(model, **(dict(overrides) | told))
-    except UserError:  # damaged: compared with what is known, its tensors can be named
-        told = {}
-    return model, num_classes, dict(overrides) | told

@@ -128,6 +128,11 @@ def _window(padded, i, j, stride, height, width):
     return jax.lax.slice(padded, (0, i, j, 0), limit, (1, stride, stride, 1))
 
 
+# The name of the scope in which the taps are multiplied, for counting multiply-adds.
+TAPS = "depthwise_taps"
+
+
+@jax.named_scope(TAPS)
 def _taps(padded, kernel, stride, height, width):
     acc = _acc(padded)
     terms = (

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vssd_jax.models.vssd import Conv, Precision, normal, uniform
+from vssd_jax.models.layers import Conv, Precision, normal, uniform
 
 
 def _xavier(fans: int):

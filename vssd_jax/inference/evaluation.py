@@ -1,8 +1,7 @@
-"""Evaluation of a task's model, during training and of given weights."""
+"""Evaluation of given weights: size, speed and the metrics of a config's task."""
 
 import os
 import time
-from collections.abc import Iterator
 
 import jax
 import ml_collections
@@ -12,43 +11,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vssd_jax.errors import UserError
 from vssd_jax.host import compiler_options
 from vssd_jax.models.count import count_multiply_adds, count_parameters
+from vssd_jax.models.split import Arrays, SplitModel
 from vssd_jax.tasks import make_task
-from vssd_jax.training.sharding import check_batch, device_batches, make_mesh
-from vssd_jax.training.state import Arrays, Functional
+from vssd_jax.tasks.protocol import Task
+from vssd_jax.training.evaluator import Evaluator
+from vssd_jax.training.sharding import make_mesh
+from vssd_jax.weights.load import load
 from vssd_jax.weights.state import get_state, set_state
-
-
-class Evaluator:
-    """Evaluates the weights of a task's model; compiled once.
-
-    Args:
-      task: see `vssd_jax.tasks`.
-      functional: the task's model.
-      mesh: the devices.
-    """
-
-    def __init__(self, task, functional: Functional, mesh: Mesh):
-        check_batch("eval_batch_size", task.config.eval_batch_size, mesh.size)
-        self._task, self._mesh = task, mesh
-        self._step = jax.jit(
-            lambda arrays, batch: task.eval_step(functional.merge(arrays, training=False), batch),
-            out_shardings=NamedSharding(mesh, PartitionSpec()),
-            compiler_options=compiler_options(),
-        )
-
-    def __call__(self, arrays: Arrays) -> dict[str, float]:
-        """The metrics of the whole evaluation set."""
-        return self._task.summarize(self._outputs(arrays))
-
-    def _outputs(self, arrays: Arrays) -> Iterator[dict]:
-        """What `eval_step` returns, as NumPy arrays, while the device computes the next batch."""
-        ahead = None
-        for batch in device_batches(self._task.eval_batches(), self._mesh):
-            done, ahead = ahead, self._step(arrays, batch)
-            if done is not None:
-                yield jax.device_get(done)
-        if ahead is not None:
-            yield jax.device_get(ahead)
 
 
 def evaluate_weights(
@@ -71,18 +40,15 @@ def evaluate_weights(
     Returns:
       Parameters, multiply-adds and metrics.
     """
-    from vssd_jax.weights.load import load
-
     loaded = load(weights, model=config.model, overrides=config.model_options.to_dict())
     config = config.copy_and_resolve_references()
     config.num_classes = loaded.num_classes
     task = make_task(config, tta=tta, save_predictions=save_predictions)
-    functional = Functional(task.build)
+    model = SplitModel(task.build)
     size = task.image_shape
-    model = functional.abstract
-    results = {
-        "parameters": count_parameters(model),
-        "multiply_adds": count_multiply_adds(model, size),
+    results: dict[str, float] = {
+        "parameters": count_parameters(model.abstract),
+        "multiply_adds": count_multiply_adds(model.abstract, size),
     }
     print(
         f"{config.model}: {results['parameters']:,} parameters, "
@@ -94,17 +60,15 @@ def evaluate_weights(
             f"{config.data_dir} {task.dataset_classes}"
         )
     mesh = make_mesh(config.mesh)
-    set_state(model, loaded.params)
-    arrays = jax.device_put(get_state(model), NamedSharding(mesh, PartitionSpec()))
+    set_state(model.abstract, loaded.params)
+    arrays = jax.device_put(get_state(model.abstract), NamedSharding(mesh, PartitionSpec()))
     if throughput:
-        with jax.set_mesh(mesh):
-            results["images_per_second"] = measure_throughput(task, functional, arrays, mesh)
+        results["images_per_second"] = measure_throughput(task, model, arrays, mesh)
         print(
             f"{results['images_per_second']:.1f} images/s at batch {config.eval_batch_size} "
             f"on {mesh.size} {jax.devices()[0].device_kind}"
         )
-    with jax.set_mesh(mesh):
-        metrics = Evaluator(task, functional, mesh)(arrays)
+    metrics = Evaluator(task, model, mesh)(arrays)
     if task.table is not None:
         print(task.table)
     for name, value in metrics.items():
@@ -112,7 +76,7 @@ def evaluate_weights(
     return results | metrics
 
 
-def measure_throughput(task, functional: Functional, arrays: Arrays, mesh: Mesh) -> float:
+def measure_throughput(task: Task, model: SplitModel, arrays: Arrays, mesh: Mesh) -> float:
     """Images per second of the forward pass, without data loading: the median of ten calls."""
     config = task.config
     shape = (config.eval_batch_size, *task.image_shape, 3)
@@ -121,13 +85,14 @@ def measure_throughput(task, functional: Functional, arrays: Arrays, mesh: Mesh)
         NamedSharding(mesh, PartitionSpec(mesh.axis_names)),
     )
     forward = jax.jit(
-        lambda arrays, images: functional.merge(arrays, training=False)(images),
+        lambda arrays, images: model.merge(arrays, training=False)(images),
         compiler_options=compiler_options(),
     )
-    jax.block_until_ready(forward(arrays, images))
     seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
+    with jax.set_mesh(mesh):
         jax.block_until_ready(forward(arrays, images))
-        seconds.append(time.perf_counter() - start)
+        for _ in range(10):
+            start = time.perf_counter()
+            jax.block_until_ready(forward(arrays, images))
+            seconds.append(time.perf_counter() - start)
     return shape[0] / float(np.median(seconds))

@@ -1,0 +1,357 @@
+"""The layers that the networks are made of.
+
+Parameters and statistics are float32 whatever the compute dtype; so are norms. (With
+`dtype=float64` everything is float64: the parity tests.) Arrays are channels-last.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vssd_jax.kernels.batch_norm import batch_norm
+from vssd_jax.kernels.depthwise_conv import depthwise_conv
+from vssd_jax.kernels.layer_norm import layer_norm
+from vssd_jax.kernels.linear import linear
+from vssd_jax.types import Array, Float
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jax.typing.DTypeLike], jax.Array]
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """`compute` is the dtype of activations, `state` that of parameters and statistics."""
+
+    compute: jax.typing.DTypeLike = jnp.float32
+
+    @property
+    def state(self) -> jnp.dtype:
+        return jnp.promote_types(self.compute, jnp.float32)
+
+
+# --- Initialisation -----------------------------------------------------------------------------
+
+
+# XLA takes minutes to compile the random numbers of a large model, one program for each shape.
+# Outside of a transformation NumPy draws them instead; under `jax.jit` and `jax.eval_shape`,
+# where a key has no value, JAX does (with other values for the same seed).
+def _generator(key: jax.Array) -> np.random.Generator | None:
+    if isinstance(key, jax.core.Tracer):
+        return None
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+
+def uniform(low: float, high: float) -> Initializer:
+    """An initialiser, U(low, high)."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+        if (generator := _generator(key)) is None:
+            return jax.random.uniform(key, shape, dtype, low, high)
+        return jnp.asarray(generator.uniform(low, high, shape), dtype)
+
+    return init
+
+
+def normal(std: float) -> Initializer:
+    """An initialiser, N(0, std^2)."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+        if (generator := _generator(key)) is None:
+            return std * jax.random.normal(key, shape, dtype)
+        return jnp.asarray(generator.normal(0, std, shape), dtype)
+
+    return init
+
+
+def torch_uniform(fan_in: int) -> Initializer:
+    """U(+-1/sqrt(fan_in)): PyTorch's default for the weights and biases of convolutions."""
+    return uniform(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+
+def required(value: T | None, what: str) -> T:
+    """`value`, or a ValueError if the caller left it out."""
+    if value is None:
+        raise ValueError(f"{what} needs rngs=nnx.Rngs(dropout=...) in training")
+    return value
+
+
+# --- Linear layers and convolutions -------------------------------------------------------------
+
+
+class Linear(nnx.Module):
+    """(..., inputs) -> (..., outputs); weights of standard deviation 0.02, zero biases."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        use_bias: bool = True,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ) -> None:
+        # The recipe truncates at +-2, a hundred standard deviations: plain normal.
+        kernel = normal(0.02)(rngs.params(), (inputs, outputs), precision.state)
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros((outputs,), precision.state)) if use_bias else None
+        if use_bias:
+            rngs.params()  # `nnx.Linear` draws a key for the bias: a seed gives the same weights
+        self.precision = precision
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... D"]:
+        bias = None if self.bias is None else self.bias[...]
+        return linear(x.astype(self.precision.compute), self.kernel[...], bias)
+
+
+class Conv(nnx.Module):
+    """k x k convolution with PyTorch's padding and initialisation.
+
+    (B, H, W, inputs) -> (B, H', W', outputs); the kernel is (k, k, inputs, outputs).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        use_bias: bool = True,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ) -> None:
+        init = torch_uniform(size * size * inputs)
+        shape = (size, size, inputs, outputs)
+        self.kernel = nnx.Param(init(rngs.params(), shape, precision.state))
+        bias = init(rngs.params(), (outputs,), precision.state) if use_bias else None
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.stride = stride
+        self.padding = size // 2 if padding is None else padding
+        self.precision = precision
+
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        scale: Float[Array, " D"] | None = None,
+        shift: Float[Array, " D"] | None = None,
+    ) -> Float[Array, "B H2 W2 D"]:
+        """`conv(x) * scale + shift`, as one convolution: how a norm that follows is folded in."""
+        dtype = self.precision.compute
+        kernel = self.kernel[...]
+        bias = None if self.bias is None else self.bias[...]
+        if scale is not None:
+            kernel = kernel * scale
+            bias = shift if bias is None else bias * scale + shift
+        x = x.astype(dtype)
+        if kernel.shape[:2] == (1, 1) and self.stride == 1:
+            if scale is None:
+                return linear(x, kernel[0, 0], bias)
+            y = linear(x, kernel[0, 0])  # XLA does not make one kernel of product and shift
+        else:
+            y = jax.lax.conv_general_dilated(
+                x,
+                kernel.astype(dtype),
+                (self.stride, self.stride),
+                [(self.padding, self.padding)] * 2,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        if bias is not None:
+            # Add the bias in float32: rounded to bfloat16 it would shift every pixel the same way.
+            y = (y.astype(bias.dtype) + bias).astype(dtype)
+        return y
+
+
+class DepthwiseConv(nnx.Module):
+    """3x3 depthwise convolution with bias: (B, H, W, C) -> (B, ceil(H/s), ceil(W/s), C).
+
+    The options are those of `vssd_jax.kernels.depthwise_conv.depthwise_conv`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        stride: int = 1,
+        activation: str | None = None,
+        residual: bool = False,
+        relu_input: bool = False,
+        implementation: str | None = None,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ) -> None:
+        init = torch_uniform(9)
+        self.kernel = nnx.Param(init(rngs.params(), (3, 3, channels), precision.state))
+        self.bias = nnx.Param(init(rngs.params(), (channels,), precision.state))
+        self.stride, self.activation, self.residual = stride, activation, residual
+        self.relu_input, self.implementation = relu_input, implementation
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+        return depthwise_conv(
+            x,
+            self.kernel[...],
+            self.bias[...],
+            stride=self.stride,
+            activation=self.activation,
+            residual=self.residual,
+            relu_input=self.relu_input,
+            implementation=self.implementation,
+        )
+
+
+# --- Norms --------------------------------------------------------------------------------------
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the channels: (..., C) -> (..., C)."""
+
+    def __init__(
+        self, channels: int, *, implementation: str | None = None, precision: Precision
+    ) -> None:
+        self.scale = nnx.Param(jnp.ones((channels,), precision.state))
+        self.bias = nnx.Param(jnp.zeros((channels,), precision.state))
+        self.epsilon, self.implementation = 1e-5, implementation
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        return layer_norm(
+            x,
+            self.scale[...],
+            self.bias[...],
+            epsilon=self.epsilon,
+            implementation=self.implementation,
+        )
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation with PyTorch's statistics, over B, H and W of the global batch.
+
+    PyTorch normalises with the biased variance of the batch but keeps a running average of the
+    unbiased one; Flax's own module keeps the biased one.
+    """
+
+    def __init__(self, channels: int, *, precision: Precision) -> None:
+        self.scale = nnx.Param(jnp.ones((channels,), precision.state))
+        self.bias = nnx.Param(jnp.zeros((channels,), precision.state))
+        self.mean = nnx.BatchStat(jnp.zeros((channels,), precision.state))
+        self.var = nnx.BatchStat(jnp.ones((channels,), precision.state))
+        self.use_running_average = False
+        self.momentum = 0.1
+        self.epsilon = 1e-5
+        self.precision = precision
+
+    def running(self) -> tuple[jax.Array, jax.Array]:
+        """Scale and shift (C,) of the normalisation with the running average."""
+        scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.epsilon)
+        return scale, self.bias[...] - self.mean[...] * scale
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        dtype, scale, bias = self.precision.compute, self.scale[...], self.bias[...]
+        if self.use_running_average:
+            scale = scale * jax.lax.rsqrt(self.var[...] + self.epsilon)
+            return ((x.astype(scale.dtype) - self.mean[...]) * scale + bias).astype(dtype)
+        y, mean, var = batch_norm(x, scale, bias, self.epsilon, dtype)
+        count = x.size // x.shape[-1]
+        unbiased = jax.lax.stop_gradient(var) * (count / max(count - 1, 1))
+        self.mean[...] += self.momentum * (jax.lax.stop_gradient(mean) - self.mean[...])
+        self.var[...] += self.momentum * (unbiased - self.var[...])
+        return y
+
+
+class ConvNorm(nnx.Module):
+    """A convolution and its batch normalisation; the options are those of `Conv`."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        use_bias: bool = True,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.conv = Conv(
+            inputs,
+            outputs,
+            size,
+            stride=stride,
+            padding=padding,
+            use_bias=use_bias,
+            precision=precision,
+            rngs=rngs,
+        )
+        self.norm = BatchNorm(outputs, precision=precision)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
+        if self.norm.use_running_average:
+            # Folded into the convolution: no pass of its own over the activations.
+            return self.conv(x, *self.norm.running())
+        return self.norm(self.conv(x))
+
+
+NORMS = (
+    LayerNorm,
+    BatchNorm,
+    nnx.LayerNorm,
+    nnx.BatchNorm,
+    nnx.GroupNorm,
+    nnx.InstanceNorm,
+    nnx.RMSNorm,
+)
+
+
+def norm_parameters(model: nnx.Module) -> set[str]:
+    """The dotted names of the parameters that belong to a norm, of any of the types in `NORMS`."""
+    norms = [path for path, module in nnx.iter_graph(model) if isinstance(module, NORMS)]
+    return {
+        ".".join(map(str, path))
+        for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        if any(path[: len(norm)] == norm for norm in norms)
+    }
+
+
+# --- Stochastic depth and dropout ---------------------------------------------------------------
+
+
+class DropPath(nnx.Module):
+    """Stochastic depth: in training, drops the branch of a whole sample with probability `rate`.
+
+    Gives the factors (B,) by which a residual branch is scaled, 0 or 1 / (1 - rate); None for ones.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self.deterministic = False
+
+    def __call__(self, batch: int, rngs: nnx.Rngs | None) -> Float[Array, " B"] | None:
+        if self.deterministic or self.rate == 0:
+            return None
+        keep = 1 - self.rate
+        key = required(rngs, "a model with drop path").dropout()
+        return jax.random.bernoulli(key, keep, (batch,)) / keep
+
+
+class ChannelDropout(nnx.Module):
+    """In training, drops whole channels of a sample with probability `rate`: (B, H, W, C)."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self.deterministic = False
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], rngs: nnx.Rngs | None
+    ) -> Float[Array, "B H W C"]:
+        if self.deterministic or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        key = required(rngs, "a model with dropout").dropout()
+        mask = jax.random.bernoulli(key, keep, (x.shape[0], 1, 1, x.shape[-1]))
+        return jnp.where(mask, x / keep, jnp.zeros((), x.dtype))

@@ -1,0 +1,27 @@
+"""The time that training takes, without what interrupts it."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+
+class Clock:
+    """Seconds of training; whoever interrupts training pauses it."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stands still inside the context."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since the start, without the pauses."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return seconds

@@ -1,0 +1,50 @@
+"""Evaluation of a task's model."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vssd_jax.host import compiler_options
+from vssd_jax.models.split import Arrays, SplitModel
+from vssd_jax.tasks.protocol import Task
+from vssd_jax.training.sharding import check_batch, device_batches
+
+
+class Evaluator:
+    """Evaluates the weights of a task's model; compiled once for each shape of batch.
+
+    Args:
+      task: whose batches and metrics these are.
+      model: the task's.
+      mesh: the devices.
+
+    Raises:
+      UserError: an evaluation batch that does not divide over the devices.
+    """
+
+    def __init__(self, task: Task, model: SplitModel, mesh: Mesh) -> None:
+        check_batch("eval_batch_size", task.config.eval_batch_size, mesh.size)
+        self._task, self._mesh = task, mesh
+        self._step = jax.jit(
+            lambda arrays, batch: task.eval_step(model.merge(arrays, training=False), batch),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+            compiler_options=compiler_options(),
+        )
+
+    def __call__(self, arrays: Arrays) -> dict[str, float]:
+        """The metrics of the whole evaluation set."""
+        # The mesh in the context is how kernels learn of the batch's sharding.
+        with jax.set_mesh(self._mesh):
+            return self._task.summarize(self._outputs(arrays))
+
+    def _outputs(self, arrays: Arrays) -> Iterator[dict[str, Any]]:
+        """What `eval_step` returns, as NumPy arrays, while the device computes the next batch."""
+        ahead = None
+        for batch in device_batches(self._task.eval_batches(), self._mesh):
+            done, ahead = ahead, self._step(arrays, batch)
+            if done is not None:
+                yield jax.device_get(done)
+        if ahead is not None:
+            yield jax.device_get(ahead)

@@ -1,0 +1,216 @@
+"""A run: its folder, checkpoints, metrics, progress bar, clock, and the signals that stop it."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from vssd_jax.distributed import is_main, say
+from vssd_jax.errors import UserError
+from vssd_jax.training.checkpoints import Checkpoints, Parts
+from vssd_jax.training.clock import Clock
+from vssd_jax.training.evaluator import Evaluator
+from vssd_jax.training.metrics import MetricWriter
+from vssd_jax.training.plan import Plan
+from vssd_jax.training.workdir import claim
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT; a second one ends the process at once.
+
+    Several processes agree on the step to stop at: JAX catches SIGTERM then, and SIGINT is
+    passed on as one.
+    """
+
+    def __enter__(self) -> "StopSignal":
+        self.received = False
+        self._several = jax.process_count() > 1
+        signals = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._note) for number in signals}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = True
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def before(self, step: int) -> bool:
+        """Whether to stop before `step`; to be asked once for each."""
+        if self._several:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.received
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """What surrounds the steps of training; see `open_run`.
+
+    Attributes:
+      start: the step of the checkpoint that the run resumes from, 0 without one.
+      stopping: whether a signal asked for the end.
+      clock: of training; evaluation, saving and compilation pause it.
+      checkpoints: see there.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        plan: Plan,
+        best_metric: str,
+        max_nonfinite: int,
+        checkpoints: Checkpoints,
+        resources: contextlib.ExitStack,
+    ) -> None:
+        self._workdir, self._plan, self._best_metric = workdir, plan, best_metric
+        self._max_nonfinite = max_nonfinite
+        self.checkpoints, self.start = checkpoints, checkpoints.latest_step or 0
+        self.stopping, self.clock = False, Clock()
+        self._step = self._logged_step = self.start
+        self._since_log: list[dict[str, jax.Array]] = []
+        self._resources = resources
+
+    @property
+    def results(self) -> dict[str, float]:
+        """The metrics that the run's latest checkpoint was saved with."""
+        return self.checkpoints.metrics(self.start)
+
+    def steps(self, batches: Iterator[dict]) -> Iterator[tuple[int, dict]]:
+        """The number and the batch of each step to do, until the end or a signal."""
+        use = self._resources.enter_context
+        self._writer = use(contextlib.closing(MetricWriter(self._workdir, self.start)))
+        self._stop_signal = use(StopSignal())
+        self._progress = use(
+            tqdm(
+                total=self._plan.total,
+                initial=self.start,
+                unit="step",
+                mininterval=1 if sys.stderr.isatty() else 20,
+                disable=not is_main(),
+            )
+        )
+        while self._step < self._plan.total and not self.stopping:
+            # The first batch waits for the pipeline to start: no part of the speed.
+            with self.clock.paused() if self._step == self.start else contextlib.nullcontext():
+                batch = next(batches)
+            profiled = self._plan.profiled
+            if self._step + 1 in profiled and self._step not in profiled:
+                jax.profiler.start_trace(self._workdir / "profile", create_perfetto_trace=True)
+            yield self._step + 1, batch
+
+    def done(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Counts a step, and looks for a signal."""
+        if self._step == self.start:
+            self._progress.unpause()  # the time left does not count the compilation
+        self._step = step
+        self._since_log.append(metrics)
+        self._progress.update()
+        if step in self._plan.profiled and step + 1 not in self._plan.profiled:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+        self.stopping = self._stop_signal.before(step + 1)
+
+    def log(self, learning_rate: float, nonfinite: int) -> dict[str, float]:
+        """Writes the means of the metrics since the last log, learning rate and speed.
+
+        Raises:
+          UserError: as many steps in a row as the config allows were skipped, for a loss or
+            gradient that is not finite.
+        """
+        logged = _means(jax.device_get(self._since_log))
+        images = (self._step - self._logged_step) * self._plan.batch_size
+        speed = images / self.clock.lap()
+        logged |= {"train/learning_rate": learning_rate, "train/images_per_second": speed}
+        if nonfinite >= self._max_nonfinite:
+            raise UserError(
+                f"the loss or gradient was not finite in the last {nonfinite} steps, at step "
+                f"{self._step} with learning rate {learning_rate:.3g}; the last good checkpoint is "
+                f"that of step {self.checkpoints.latest_step}"
+            )
+        self._writer.write(self._step, logged)
+        self._progress.set_postfix_str(f"{speed:.0f} images/s, loss {logged['train/loss']:.3f}")
+        self._since_log, self._logged_step = [], self._step
+        return logged
+
+    def evaluate(self, evaluator: Evaluator, arrays: dict[str, jax.Array]) -> dict[str, float]:
+        """The metrics of the weights `arrays`, written and plotted."""
+        with self.clock.paused():
+            results = evaluator(arrays)
+            self._writer.write(self._step, results)
+            self._writer.plot()
+        return results
+
+    def save(self, parts: Parts, metrics: dict[str, float]) -> None:
+        """Starts to save a checkpoint, see `Checkpoints.save`."""
+        with self.clock.paused():
+            self.checkpoints.save(self._step, parts, metrics)
+
+    def finish(self, results: Mapping[str, float]) -> None:
+        """Waits for the last checkpoint and says how the run ended."""
+        self.checkpoints.wait()
+        if self._step < self._plan.total:
+            say(
+                f"stopped: {self._workdir} is saved at step {self._step} of {self._plan.total}; "
+                "the same command resumes"
+            )
+            return
+        name, best = self._best_metric, self.checkpoints.best_step
+        say(
+            f"done: {self._workdir} has {name} {results[name]:.4f} at step {self._step} "
+            f"(best {self.checkpoints.metrics(best)[name]:.4f} at step {best})"
+        )
+
+
+@contextlib.contextmanager
+def open_run(
+    workdir: str | os.PathLike,
+    config: Mapping[str, Any],
+    plan: Plan,
+    *,
+    best_metric: str,
+    checkpoint_bytes: int,
+) -> Iterator[Run]:
+    """Claims the folder of a run and opens its checkpoints.
+
+    Args:
+      workdir: the folder.
+      config: of the run; it is written into the folder.
+      plan: of the run.
+      best_metric: the metric whose highest value marks the best checkpoint.
+      checkpoint_bytes: size of a checkpoint.
+
+    Raises:
+      UserError: a folder that cannot be used, see `vssd_jax.training.workdir.claim`.
+    """
+    workdir = pathlib.Path(workdir)
+    with (
+        claim(workdir, config, checkpoint_bytes=checkpoint_bytes),
+        Checkpoints(workdir, best_metric=best_metric) as checkpoints,
+        contextlib.ExitStack() as resources,
+    ):
+        yield Run(workdir, plan, best_metric, config["max_nonfinite"], checkpoints, resources)
+
+
+def _means(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    return {
+        f"train/{name}": float(np.mean([values[name] for values in metrics]))
+        for name in metrics[0]
+    }

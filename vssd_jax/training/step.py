@@ -1,0 +1,191 @@
+"""One optimizer step: as a plain function, and compiled with its model, optimizer and devices."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vssd_jax.host import compiler_options
+from vssd_jax.models.split import Arrays, SplitModel
+from vssd_jax.tasks.protocol import Loss, Task
+from vssd_jax.training import report
+from vssd_jax.training.clock import Clock
+from vssd_jax.training.evaluator import Evaluator
+from vssd_jax.training.optimizer import decayed, make_optimizer, make_schedule
+from vssd_jax.training.plan import Plan
+from vssd_jax.training.sharding import check_batch, device_batches, make_mesh, state_shardings
+from vssd_jax.training.state import TrainState, init_state
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, dict, jax.Array], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    model: SplitModel,
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    *,
+    ema_decay: float,
+    accumulate: int = 1,
+) -> TrainStep:
+    """One optimizer step, to be compiled by the caller.
+
+    Args:
+      model, optimizer: see there.
+      loss: see `vssd_jax.tasks.protocol.Task.loss`.
+      ema_decay: of the average, over parameters and statistics alike.
+      accumulate: micro-batches whose gradients one step averages.
+
+    Returns:
+      `step(state, batch, key) -> (state, metrics)`. A step whose loss or gradient is not finite
+      changes nothing but the counters.
+    """
+
+    def micro_batch_gradient(
+        params: Arrays, batch_stats: Arrays, state: TrainState, batch: dict, key: jax.Array
+    ) -> tuple[Arrays, Arrays, Metrics]:
+        def loss_fn(params: Arrays) -> tuple[jax.Array, tuple[Metrics, Arrays]]:
+            module = model.merge({**params, **batch_stats}, training=True)
+            teacher = model.merge(state.ema, training=False)
+            value, metrics = loss(
+                module, batch, step=state.step, rngs=nnx.Rngs(key), teacher=teacher
+            )
+            return value, ({"loss": value, **metrics}, model.batch_stats(module))
+
+        gradient, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(params)
+        return gradient, batch_stats, metrics
+
+    def gradient_of(
+        state: TrainState, batch: dict, key: jax.Array
+    ) -> tuple[Arrays, Arrays, Metrics]:
+        if accumulate == 1:
+            return micro_batch_gradient(state.params, state.batch_stats, state, batch, key)
+
+        # Every accumulate-th sample: each device keeps its own rows.
+        micro = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch
+        )
+
+        def add(
+            carry: tuple[Arrays, Arrays], inputs: tuple[dict, jax.Array]
+        ) -> tuple[tuple[Arrays, Arrays], Metrics]:
+            total, batch_stats = carry
+            gradient, batch_stats, metrics = micro_batch_gradient(
+                state.params, batch_stats, state, inputs[0], inputs[1]
+            )
+            return (jax.tree.map(jnp.add, total, gradient), batch_stats), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        keys = jax.random.split(key, accumulate)
+        (gradient, batch_stats), metrics = jax.lax.scan(
+            add, (zeros, state.batch_stats), (micro, keys)
+        )
+        gradient, metrics = (
+            jax.tree.map(lambda x: x / accumulate, gradient),
+            jax.tree.map(lambda x: x.mean(0), metrics),
+        )
+        return gradient, batch_stats, metrics
+
+    def train_step(
+        state: TrainState, batch: dict, key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        gradient, batch_stats, metrics = gradient_of(state, batch, key)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update({**params, **batch_stats}, state.ema, 1 - ema_decay)
+        new = (params, batch_stats, opt_state, ema)
+        old = (state.params, state.batch_stats, state.opt_state, state.ema)
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        state = TrainState(
+            state.step + 1, *new, nonfinite=jnp.where(finite, 0, state.nonfinite + 1)
+        )
+        skipped = 1 - finite.astype(jnp.float32)
+        return state, {**metrics, "grad_norm": norm, "skipped": skipped}
+
+    return train_step
+
+
+class Trainer:
+    """A task's model, optimizer and devices, and its step compiled for them.
+
+    Args:
+      task: what is trained.
+      config: of the run.
+      plan: of the run.
+
+    Attributes:
+      model: the task's model.
+      mesh: the devices.
+      learning_rate: the schedule, by the number of steps done.
+      abstract: the state's shapes, dtypes and shardings.
+      evaluate: the `Evaluator` of the task and model.
+
+    Raises:
+      UserError: a batch that does not divide over the devices, or another config that cannot be.
+    """
+
+    def __init__(self, task: Task, config: ml_collections.ConfigDict, plan: Plan) -> None:
+        self.mesh = make_mesh(config.mesh)
+        check_batch("batch_size", config.batch_size, self.mesh.size, config.accumulate)
+        self.model = SplitModel(task.build)
+        self.evaluate = Evaluator(task, self.model, self.mesh)
+        self.learning_rate = make_schedule(config, plan.steps_per_epoch)
+        self._optimizer = make_optimizer(
+            config, self.learning_rate, decayed(self.model, config.no_decay)
+        )
+        self._init_key, self._step_key = jax.random.split(jax.random.key(config.seed))
+        abstract = jax.eval_shape(
+            lambda: init_state(self.model, self._optimizer, self._init_key)
+        )
+        self._shardings = state_shardings(abstract, self.mesh)
+        self.abstract: TrainState = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            abstract,
+            self._shardings,
+        )
+        self._step = jax.jit(
+            make_train_step(
+                self.model,
+                self._optimizer,
+                task.loss,
+                ema_decay=config.ema_decay,
+                accumulate=config.accumulate,
+            ),
+            donate_argnums=0,
+            out_shardings=(self._shardings, NamedSharding(self.mesh, PartitionSpec())),
+            compiler_options=compiler_options(),
+        )
+        # By the shapes of a batch, of which detection has a few.
+        self._programs: dict[tuple, jax.stages.Compiled] = {}
+
+    def fresh_state(self, weights: Mapping[str, np.ndarray] | None = None) -> TrainState:
+        """The state before the first step, on the devices; see `init_state`."""
+        state = init_state(self.model, self._optimizer, self._init_key, weights)
+        return jax.device_put(state, self._shardings)
+
+    def device_batches(self, batches: Iterator[dict]) -> Iterator[dict]:
+        """Batches on the devices, a few ahead."""
+        return device_batches(batches, self.mesh)
+
+    def step(self, state: TrainState, batch: dict, clock: Clock) -> tuple[TrainState, Metrics]:
+        """One step; `state` is donated. `clock` is paused while a program is compiled.
+
+        Raises:
+          UserError: the program needs more memory than a device has.
+        """
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if shapes not in self._programs:
+            # The mesh in the context is how kernels learn of the batch's sharding.
+            with clock.paused(), jax.set_mesh(self.mesh):
+                program = self._step.lower(state, batch, self._step_key).compile()
+            report.announce(program)
+            self._programs[shapes] = program
+        return self._programs[shapes](state, batch, self._step_key)

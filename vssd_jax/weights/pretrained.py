@@ -1,0 +1,52 @@
+"""Fine-tuning: the weights that a new model starts from."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from vssd_jax.distributed import say
+from vssd_jax.models import family
+from vssd_jax.weights.load import load
+from vssd_jax.weights.state import check, shapes
+
+
+def pretrained_weights(
+    source: str | os.PathLike, name: str, model: nnx.Module, overrides: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The part of given weights that a model starts from, by dotted name.
+
+    Left fresh, and said so, are a classifier of another number of classes, and of a detector or
+    segmentor that starts from a classifier all but the backbone.
+
+    Args:
+      source: see `vssd_jax.weights.load.load`.
+      name: of the model.
+      model: the model; only its shapes are used.
+      overrides: the fields of its config.
+
+    Raises:
+      UserError: weights that cannot be read or do not fit.
+    """
+    expected = shapes(model)
+    loaded = load(source, model=name, overrides=overrides, backbone=True)
+    if loaded.model != name:
+        # A classifier's own norm and head have no place in a backbone.
+        params = {
+            f"backbone.{key}": value
+            for key, value in loaded.params.items()
+            if f"backbone.{key}" in expected
+        }
+        fresh = [key for key in expected if key not in params]
+        say(f"{source} is a classifier: all but the backbone starts fresh")
+    elif loaded.num_classes != model.num_classes:
+        classifier = family.find(name)[0].classifier
+        fresh = [key for key in expected if key.startswith(classifier)]
+        params = {key: value for key, value in loaded.params.items() if key not in fresh}
+        say(f"{source} has {loaded.num_classes} classes: the classifier starts fresh")
+    else:
+        params, fresh = dict(loaded.params), []
+    check(expected, params, fresh=fresh)
+    return params
