@@ -1,4 +1,4 @@
-"""VSSD here against the plain PyTorch reference of the tests, in one run.
+"""VSSD here against the plain PyTorch reference, in one run.
 
 On a GPU: PyTorch in eager mode and under torch.compile, channels-last and with automatic mixed
 precision. On a CPU: eager mode (add `--torch compile` to compile).
@@ -16,7 +16,7 @@ import torch
 from flax import nnx
 
 from benchmarks import common
-from tests.torch_reference import vssd as reference
+from torch_reference import vssd as reference
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 
 

@@ -1,12 +1,12 @@
 """The golden cases' models: weights from synthetic.py through the name table."""
 
 import dataclasses
-import json
 import pathlib
 
 import numpy as np
 from flax import nnx
 
+from tests.golden.inventories import load_inventory
 from tests.golden.synthetic import synthetic_images, synthetic_state_dict
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 from vssd_jax.weights import state
@@ -33,8 +33,8 @@ def ablation_config(name: str) -> VSSDConfig:
 
 def golden_weights(inventory: str, salt: int = 0) -> dict[str, np.ndarray]:
     """The synthetic weights of an inventory, by the names used here."""
-    tensors = json.loads((GOLDEN / f"inventory/{inventory}.json").read_text())
-    params, _, unknown = names.from_torch(names.VSSD, synthetic_state_dict(tensors, salt))
+    state_dict = synthetic_state_dict(load_inventory(inventory), salt)
+    params, _, unknown = names.from_torch(names.VSSD, state_dict)
     assert not unknown
     return params
 

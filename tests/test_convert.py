@@ -16,7 +16,8 @@ import torch
 
 import vssd_jax
 from tests.golden import synthetic
-from tests.torch_reference import create_model as torch_model
+from tests.golden.inventories import load_inventory
+from torch_reference import create_model as torch_model
 from vssd_jax.errors import UserError
 from vssd_jax.weights import names
 from vssd_jax.weights.convert import convert
@@ -40,12 +41,8 @@ def command(*args, **environment):
     )
 
 
-def inventory(name: str) -> dict:
-    return json.loads((GOLDEN / f"inventory/{name}.json").read_text())
-
-
 def state_dict(name: str = "classification_nano") -> dict[str, np.ndarray]:
-    return synthetic.synthetic_state_dict(inventory(name))
+    return synthetic.synthetic_state_dict(load_inventory(name))
 
 
 def assert_identical(arrays, expected):
@@ -165,7 +162,7 @@ def test_safetensors_with_either_names(here, tmp_path):
 def test_classifiers_are_recognised(name):
     tensors = {
         key: np.broadcast_to(np.float32(0), shape)
-        for key, (shape, _) in inventory(f"classification_{name}").items()
+        for key, (shape, _) in load_inventory(f"classification_{name}").items()
     }
     assert recognise(tensors, None, {}) == (f"vssd_{name}", 10 if name == "nano" else 1000, {})
 

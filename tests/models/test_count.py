@@ -3,7 +3,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.torch_reference import create_model as torch_model
+from torch_reference import create_model as torch_model
 from vssd_jax.models import family
 from vssd_jax.models.count import count_multiply_adds, count_parameters
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.golden.inventories import load_inventory
 from tests.golden.synthetic import synthetic_images, synthetic_state_dict
 from vssd_jax.models.detection.assigner import assign
 from vssd_jax.models.detection.masks import paste_masks
@@ -31,7 +31,7 @@ def golden():
 
 @functools.cache
 def make_model(config):
-    inventory = json.loads((GOLDEN / "inventory/mask_rcnn_nano.json").read_text())
+    inventory = load_inventory("mask_rcnn_nano")
     params, *_, unknown = names.from_torch(names.MASK_RCNN, synthetic_state_dict(inventory))
     assert not unknown
     model = MaskRCNN(config, rngs=nnx.Rngs(0))

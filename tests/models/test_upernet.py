@@ -1,6 +1,5 @@
 """UperNet against the golden cases and PyTorch's resampling."""
 
-import json
 import pathlib
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
+from tests.golden.inventories import load_inventory
 from tests.golden.synthetic import synthetic_images, synthetic_state_dict
 from vssd_jax.models import upernet
 from vssd_jax.weights import names
@@ -21,7 +21,7 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 def golden_model(variant, dtype=jnp.float32):
     """An UperNet with the golden case's synthetic weights, in evaluation mode."""
     config = getattr(upernet.UperNetConfig, variant)()
-    inventory = json.loads((GOLDEN / "inventory" / f"upernet_{variant}.json").read_text())
+    inventory = load_inventory(f"upernet_{variant}")
     model = upernet.UperNet(config, dtype=dtype, rngs=nnx.Rngs(0))
     params, _, unknown = names.from_torch(names.UPERNET, synthetic_state_dict(inventory))
     assert not unknown

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.golden.inventories import load_inventory
 from tests.golden.synthetic import _rng, synthetic_images, synthetic_state_dict
-from tests.torch_reference import create_model
-from tests.torch_reference.vssd import (
+from torch_reference import create_model
+from torch_reference.vssd import (
     CHUNK,
     ConvDownsample,
     DropPath,
@@ -61,7 +62,7 @@ def images(shape, salt=0, dtype=torch.float64):
 
 def load(inventory, variant="vssd_nano", dtype=torch.float64, **overrides):
     """A model in evaluation mode with the synthetic weights of an inventory."""
-    tensors = json.loads((GOLDEN / "inventory" / f"{inventory}.json").read_text())
+    tensors = load_inventory(inventory)
     with torch.device("meta"):
         model = create_model(variant, **overrides)
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == {

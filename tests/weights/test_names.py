@@ -1,26 +1,22 @@
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from tests.golden import synthetic
+from tests.golden.inventories import INVENTORIES, load_inventory
 from vssd_jax.weights import names
 
-INVENTORIES = sorted((Path(__file__).parents[1] / "golden/inventory").glob("*.json"))
 
-
-def table_of(inventory: Path):
+def table_of(inventory: str):
     families = {"mask": names.MASK_RCNN, "upernet": names.UPERNET}
-    return families.get(inventory.stem.split("_")[0], names.VSSD)
+    return families.get(inventory.split("_")[0], names.VSSD)
 
 
-@pytest.mark.parametrize("inventory", INVENTORIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("inventory", INVENTORIES)
 def test_table_covers_the_inventory_both_ways(inventory):
     table = table_of(inventory)
     tensors = {
         name: np.broadcast_to(np.float32(0), shape)
-        for name, (shape, _) in json.loads(inventory.read_text()).items()
+        for name, (shape, _) in load_inventory(inventory).items()
     }
     params, ignored, unknown = names.from_torch(table, tensors)
     assert unknown == []
@@ -32,10 +28,9 @@ def test_table_covers_the_inventory_both_ways(inventory):
     assert all(array.shape == tensors[name].shape for name, array in back.items())
 
 
-@pytest.mark.parametrize("model", ["classification_nano", "mask_rcnn_nano", "upernet_nano"])
-def test_values_come_back(model):
-    inventory = INVENTORIES[0].with_name(f"{model}.json")
-    state = synthetic.synthetic_state_dict(json.loads(inventory.read_text()))
+@pytest.mark.parametrize("inventory", ["classification_nano", "mask_rcnn_nano", "upernet_nano"])
+def test_values_come_back(inventory):
+    state = synthetic.synthetic_state_dict(load_inventory(inventory))
     params, ignored, _ = names.from_torch(table_of(inventory), state)
     back = names.to_torch(table_of(inventory), params)
     for name in state.keys() - set(ignored):

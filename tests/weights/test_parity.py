@@ -1,6 +1,5 @@
 """PyTorch checkpoints through the command: outputs and gradients as in PyTorch."""
 
-import json
 import types
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from flax import nnx
 
 import vssd_jax
 from tests.golden import synthetic
-from tests.torch_reference import create_model as torch_model
+from tests.golden.inventories import load_inventory
+from torch_reference import create_model as torch_model
 from vssd_jax.weights import names
 from vssd_jax.weights.convert import convert
 from vssd_jax.weights.load import load
@@ -46,7 +46,7 @@ def golden_images(shape, salt=0):
     ],
 )
 def test_golden_logits_through_the_conversion(name, size, rectangle, tmp_path):
-    inventory = json.loads((GOLDEN / f"inventory/classification_{name}.json").read_text())
+    inventory = load_inventory(f"classification_{name}")
     write_torch_file(tmp_path / "a.pth", synthetic.synthetic_state_dict(inventory))
     convert(tmp_path / "a.pth", tmp_path / "w")
     model = vssd_jax.create_model(f"vssd_{name}", weights=tmp_path / "w")

@@ -1,5 +1,4 @@
 import contextlib
-import json
 import os
 import struct
 import sys
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from tests.golden import synthetic
+from tests.golden.inventories import load_inventory
 from tests.weights import hostile
 from vssd_jax.errors import UserError
 from vssd_jax.weights import torch_file
@@ -63,7 +63,7 @@ def assert_equal(array, tensor: torch.Tensor):
     ],
 )
 def test_golden_checkpoint(checkpoint, which, salt, taken):
-    inventory = json.loads((GOLDEN / "inventory" / f"{checkpoint}.json").read_text())
+    inventory = load_inventory(checkpoint)
     state, kind = load(GOLDEN / "checkpoints" / f"{checkpoint}.pth", which)
     assert kind == taken
     assert list(state) == list(inventory)

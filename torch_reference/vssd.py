@@ -8,9 +8,11 @@ Shape letters: B batch, H W height and width, L tokens, C channels, N state, P h
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 CHUNK = 128  # tokens of one block of the causal scan
@@ -41,34 +43,44 @@ VARIANTS = {
 }
 
 
-def create_model(name, *, backbone=False, **overrides):
+def create_model(name: str, *, backbone: bool = False, **overrides: Any) -> "VSSD":
     """A freshly initialised VSSD in training mode; `overrides` are fields of VSSDConfig."""
     return VSSD(dataclasses.replace(VARIANTS[name], **overrides), backbone=backbone)
 
 
-def to_nchw(x):
+def to_nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def to_nhwc(x):
+def to_nhwc(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
 class ConvNormAct(nn.Module):
-    def __init__(self, in_dim, out_dim, kernel, stride=1, groups=1, bias=False, norm=True, act=True,
-                 padding=None):
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        norm: bool = True,
+        act: bool = True,
+        padding: int | None = None,
+    ) -> None:
         super().__init__()
         padding = kernel // 2 if padding is None else padding
         self.conv = nn.Conv2d(in_dim, out_dim, kernel, stride, padding, groups=groups, bias=bias)
         self.norm = nn.BatchNorm2d(out_dim) if norm else nn.Identity()
         self.act = nn.ReLU() if act else nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.conv(x)))
 
 
 class ConvStem(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim: int) -> None:
         super().__init__()
         half = dim // 2
         self.conv1 = ConvNormAct(3, half, 3, stride=2)
@@ -79,7 +91,7 @@ class ConvStem(nn.Module):
             ConvNormAct(half, 4 * dim, 3, stride=2), ConvNormAct(4 * dim, dim, 1, act=False)
         )
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         x = self.conv1(images)
         return to_nhwc(self.conv3(x + self.conv2(x)))
 
@@ -87,17 +99,17 @@ class ConvStem(nn.Module):
 class PatchStem(nn.Module):
     """One 4x4 patch a token; rows and columns that fill no patch are dropped."""
 
-    def __init__(self, dim):
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.conv1 = ConvNormAct(3, dim, 4, stride=4, padding=0)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         return self.norm(to_nhwc(self.conv1(images)))
 
 
 class ConvDownsample(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim: int) -> None:
         super().__init__()
         hidden = 8 * dim
         self.conv = nn.Sequential(
@@ -106,21 +118,21 @@ class ConvDownsample(nn.Module):
             ConvNormAct(hidden, 2 * dim, 1, bias=True, act=False),
         )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return to_nhwc(self.conv(to_nchw(x)))
 
 
 class SimpleDownsample(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.conv = nn.Sequential(ConvNormAct(dim, 2 * dim, 3, stride=2, bias=True, norm=False))
         self.norm = nn.LayerNorm(2 * dim)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.norm(to_nhwc(self.conv(to_nchw(x))))
 
 
-def nc_ssd(x, m, b, c):
+def nc_ssd(x: Tensor, m: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Non-causal SSD: y_i = c_i . sum_j b_j m_j x_j, one state for the whole image.
 
     x (B, L, heads, P), m (B, L, heads), b and c (B, L, G, N); head i uses group i mod G.
@@ -136,7 +148,7 @@ def nc_ssd(x, m, b, c):
     return y.reshape(x.shape)
 
 
-def ssd_scan(x, dt, a, b, c):
+def ssd_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Causal SSD (Mamba-2): s_i = exp(dt_i a) s_{i-1} + dt_i b_i x_i^T and y_i = c_i s_i.
 
     Quadratic within chunks of tokens, a recurrence between them. x (B, L, heads, P),
@@ -146,7 +158,8 @@ def ssd_scan(x, dt, a, b, c):
     chunk = min(CHUNK, length)
     tail = -length % chunk
 
-    def chunked(t):  # (B, L, G or heads, ...) -> (B, G, chunks, chunk, ...), heads by group
+    def chunked(t: Tensor) -> Tensor:
+        # (B, L, G or heads, ...) -> (B, G, chunks, chunk, ...), heads by group
         t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, tail))  # dt = 0: no decay, no input
         return t.unflatten(1, (-1, chunk)).unflatten(3, (groups, -1)).movedim(3, 1)
 
@@ -173,16 +186,16 @@ def ssd_scan(x, dt, a, b, c):
     return y.movedim(1, 3).flatten(3, 4).flatten(1, 2)[:, :length]
 
 
-def bidirectional_ssd_scan(x, dt, a, b, c):
+def bidirectional_ssd_scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """The first half of the heads (and groups) scans forward, the second half backward."""
     forward, backward = zip(*(t.chunk(2, -1 if t.dim() == 1 else 2) for t in (x, dt, a, b, c)),
                             strict=True)
-    backward = (t if t.dim() == 1 else t.flip(1) for t in backward)
-    return torch.cat([ssd_scan(*forward), ssd_scan(*backward).flip(1)], 2)
+    flipped = (t if t.dim() == 1 else t.flip(1) for t in backward)
+    return torch.cat([ssd_scan(*forward), ssd_scan(*flipped).flip(1)], 2)
 
 
 class SSDMixer(nn.Module):
-    def __init__(self, dim, heads, config, mode):
+    def __init__(self, dim: int, heads: int, config: VSSDConfig, mode: str) -> None:
         super().__init__()
         self.heads, self.mode = heads, mode
         self.groups, self.sign = config.ngroups, config.token_weight_sign
@@ -199,7 +212,7 @@ class SSDMixer(nn.Module):
         self.norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, tokens):
+    def forward(self, tokens: Tensor) -> Tensor:
         z, xbc, dt = self.in_proj(tokens).split(self.split, -1)
         xbc = to_nhwc(F.silu(self.conv2d(to_nchw(xbc)))).flatten(1, 2)
         x, b, c = xbc.split(self.split_xbc, -1)
@@ -219,13 +232,13 @@ class SSDMixer(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, dim, heads):
+    def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         qkv = self.to_qkv(x).flatten(1, 2).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v)
@@ -235,11 +248,11 @@ class Attention(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: leaves out a residual branch, image by image."""
 
-    def __init__(self, rate):
+    def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
         keep = x.new_empty((len(x),) + (1,) * (x.dim() - 1)).bernoulli_(1 - self.rate)
@@ -247,17 +260,19 @@ class DropPath(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, mixer, drop_path, config):
+    def __init__(
+        self, dim: int, heads: int, mixer: str, drop_path: float, config: VSSDConfig
+    ) -> None:
         super().__init__()
         self.cpe1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.norm1 = nn.LayerNorm(dim)
@@ -269,7 +284,7 @@ class Block(nn.Module):
         self.mlp = MLP(dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x + to_nhwc(self.cpe1(to_nchw(x)))
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + to_nhwc(self.cpe2(to_nchw(x)))
@@ -277,7 +292,15 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    def __init__(self, dim, heads, mixer, drop_paths, downsample, config):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mixer: str,
+        drop_paths: Sequence[float],
+        downsample: Callable[[int], nn.Module] | None,
+        config: VSSDConfig,
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(dim, heads, mixer, rate, config) for rate in drop_paths)
         if downsample is not None:
@@ -288,7 +311,7 @@ class VSSD(nn.Module):
     """Images (B, 3, H, W) to logits (B, num_classes), or, as a backbone, to four maps (B, C, h, w)
     at strides 4, 8, 16 and 32, each after its own LayerNorm."""
 
-    def __init__(self, config, backbone=False):
+    def __init__(self, config: VSSDConfig, backbone: bool = False) -> None:
         super().__init__()
         self.config, self.backbone = config, backbone
         stem = {"conv": ConvStem, "patch": PatchStem}[config.stem]
@@ -312,7 +335,7 @@ class VSSD(nn.Module):
             self.head = nn.Linear(dims[-1], config.num_classes)
         init_weights(self)
 
-    def stages(self, images):
+    def stages(self, images: Tensor) -> list[Tensor]:
         """The stem's output and the four stages' (before their downsampling), each (B, H, W, C)."""
         x = self.patch_embed(images)
         outputs = [x]
@@ -324,7 +347,7 @@ class VSSD(nn.Module):
                 x = layer.downsample(x)
         return outputs
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         _, *outputs = self.stages(images)
         if self.backbone:
             return [to_nchw(getattr(self, f"outnorm{i}")(x)) for i, x in enumerate(outputs)]
@@ -332,7 +355,7 @@ class VSSD(nn.Module):
 
 
 @torch.no_grad()
-def init_weights(model):
+def init_weights(model: nn.Module) -> None:
     """Linear layers and the SSD parameters; convolutions keep PyTorch's U(+-1/sqrt(fan_in))."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
