@@ -2,7 +2,9 @@
 
 from vssd_jax.errors import UserError
 
-__all__ = ["UserError", "create_model", "list_models"]
+__all__ = ["UserError", "__version__", "create_model", "list_models"]
+
+__version__ = "0.1.0"
 
 
 def __getattr__(name):
