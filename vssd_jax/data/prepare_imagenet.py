@@ -15,13 +15,13 @@ import pathlib
 import shutil
 import sys
 
-from vssd_jax.data.imagenet import prepared_folder
+from vssd_jax.data.datasets.imagenet2012 import prepared_folder
 from vssd_jax.errors import UserError
 
 ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 
 
-def prepare(manual_dir, data_dir) -> pathlib.Path:
+def prepare(manual_dir: str | os.PathLike, data_dir: str | os.PathLike) -> pathlib.Path:
     """Prepares `imagenet2012` unless it is there already; returns its folder.
 
     An interrupted run leaves nothing that looks complete, and can be repeated.

@@ -6,12 +6,14 @@ from 0 (weak) to 10; the "increasing" variants of timm grow stronger with it.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from vssd_jax.data.constants import IMAGENET_MEAN
+from vssd_jax.data.normalization import IMAGENET_MEAN
 
 MAX_MAGNITUDE = 10.0
 # What a shear, shift or rotation uncovers gets the mean colour.
@@ -182,7 +184,7 @@ def _sign(rng: np.random.Generator) -> int:
     return -1 if rng.random() < 0.5 else 1
 
 
-def _signed(maximum: float):
+def _signed(maximum: float) -> Callable[[float, np.random.Generator], tuple[float]]:
     return lambda magnitude, rng: (_sign(rng) * maximum * magnitude / MAX_MAGNITUDE,)
 
 
@@ -196,7 +198,7 @@ def _none(magnitude: float, rng: np.random.Generator) -> tuple:
 
 
 # name -> (operation, (magnitude, rng) -> its arguments), in timm's order.
-OPERATIONS = {
+OPERATIONS: dict[str, tuple[Callable, Callable[[float, np.random.Generator], tuple]]] = {
     "AutoContrast": (auto_contrast, _none),
     "Equalize": (equalize, _none),
     "Invert": (invert, _none),
@@ -239,7 +241,7 @@ def sample_operations(
     return chosen
 
 
-def rand_augment(image: np.ndarray, rng: np.random.Generator, **settings) -> np.ndarray:
+def rand_augment(image: np.ndarray, rng: np.random.Generator, **settings: Any) -> np.ndarray:
     """Applies randomly drawn operations; `settings` are those of `sample_operations`."""
     for name, arguments in sample_operations(rng, **settings):
         image = OPERATIONS[name][0](image, *arguments)
