@@ -106,7 +106,9 @@ def _write(source: Source, folder: pathlib.Path, description: dict, num_workers:
                 parts = list(pool.map(write, shards))
         else:
             parts = [write(shard) for shard in shards]
-        index = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        index: dict[str, Any] = {
+            key: np.concatenate([part[key] for part in parts]) for key in parts[0]
+        }
         np.savez(unfinished / "index.npz", **index)
         (unfinished / "cache.json").write_text(json.dumps(description))
         unfinished.chmod(0o755)  # mkdtemp's folders are private
@@ -132,7 +134,7 @@ def _write_shard(
             image = example["image"]
             if min(image.shape[:2]) > shorter_side:
                 image = resize_shorter_side(image, shorter_side)
-            file.write(np.ascontiguousarray(image))
+            file.write(np.ascontiguousarray(image).data)
             starts.append(start)
             start += image.size
             sizes.append(image.shape[:2])

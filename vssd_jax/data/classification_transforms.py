@@ -152,7 +152,7 @@ class TrainTransform:
         image = example["image"]
         size = self.image_size
         top, left, height, width = sample_crop(
-            *image.shape[:2], rng, area=self.crop_area, aspect=self.crop_aspect
+            image.shape[0], image.shape[1], rng, area=self.crop_area, aspect=self.crop_aspect
         )
         image = resize(image[top : top + height, left : left + width], size, size)
         if rng.random() < self.flip_probability:

@@ -78,7 +78,7 @@ class DecodedSource:
     """
 
     def __init__(self, source: Source):
-        self._source, self.class_names = source, source.class_names
+        self._source = source
 
     def __len__(self) -> int:
         return len(self._source)

@@ -61,7 +61,9 @@ def prepare(manual_dir: str | os.PathLike, data_dir: str | os.PathLike) -> pathl
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
     )
-    return prepared_folder(data_dir)
+    folder = prepared_folder(data_dir)
+    assert folder is not None
+    return folder
 
 
 def main() -> int:

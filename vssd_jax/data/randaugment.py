@@ -21,7 +21,7 @@ FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
 _LEVELS = np.arange(256)
 # ITU-R 601 luma in the 16-bit fixed point of Pillow's convert("L"); OpenCV's own differs by one.
-_LUMA = np.float32([[19595, 38470, 7471]]) / 65536
+_LUMA = np.array([[19595, 38470, 7471]], np.float32) / 65536
 # Pillow cuts off fractions where OpenCV rounds to the nearest: almost a half less makes them agree,
 # and leaves a whole number what it is in spite of rounding errors.
 _CUT_OFF = -0.498
@@ -114,7 +114,7 @@ def brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
     """Sharpness: 0 is smoothed, 1 the picture itself, more is sharper."""
-    kernel = np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
     smooth = image.copy()  # Pillow's filter leaves the border as it is
     smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, kernel)[1:-1, 1:-1]
     return _blend(smooth, image, factor)
@@ -138,7 +138,7 @@ def _shift_rows(image: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     weights = np.stack(
         (((2 - d) * d - 1) * d, (d - 2) * d * d + 1, ((1 - d) * d + 1) * d, (d - 1) * d * d), axis=1
     )
-    columns = np.float32(base)[:, None] + np.arange(-1, width + 2, dtype=np.float32)
+    columns = base.astype(np.float32)[:, None] + np.arange(-1, width + 2, dtype=np.float32)
     rows = np.repeat(np.arange(height, dtype=np.float32)[:, None], width + 3, axis=1)
     np.clip(columns, 0, width - 1, out=columns)
     taps = cv2.remap(image, columns, rows, cv2.INTER_NEAREST).astype(np.float32)

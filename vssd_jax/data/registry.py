@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import ml_collections
 
 from vssd_jax.data import datasets
-from vssd_jax.data.source import Source
+from vssd_jax.data.source import LabelledSource
 from vssd_jax.errors import UserError, did_you_mean
 
 
@@ -24,9 +24,9 @@ class Dataset:
     Attributes:
       name: what `config.dataset` calls it.
       task: the name of the task that it is for.
-      open: config and split, "train" or "val", to the split's `Source` (or `DetectionSource`,
-        `SegmentationSource`). It raises a UserError where the files of `config.data_dir` are not
-        what they should be.
+      open: config and split, "train" or "val", to a `LabelledSource`, for detection a
+        `DetectionSource`, for segmentation a `SegmentationSource`. It raises a UserError where the
+        files in `config.data_dir` are not what they should be.
       class_names: of the labels, where they are known without reading files; otherwise the sources
         have them.
       transforms: config to the transforms for training and for evaluation, as `TrainTransform` and
@@ -36,7 +36,7 @@ class Dataset:
 
     name: str
     task: str
-    open: Callable[[ml_collections.ConfigDict, str], Source]
+    open: Callable[[ml_collections.ConfigDict, str], LabelledSource]
     class_names: Sequence[str] | None = None
     transforms: Callable[[ml_collections.ConfigDict], tuple[Callable, Callable]] | None = None
 

@@ -71,7 +71,8 @@ def make_scene(
     digits, labels = _digits(split)
     # The topmost digit of each pixel, -1 for none, and the whole area of each digit.
     owner = np.full(size, -1, np.int32)
-    placed, areas = [], []
+    placed: list[int] = []
+    areas: list[int] = []
     for _ in range(rng.integers(num_digits[0], num_digits[1] + 1)):
         index = rng.integers(len(digits))
         for _ in range(20):

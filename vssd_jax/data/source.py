@@ -7,11 +7,22 @@ import numpy as np
 
 
 class Source(Protocol):
-    """A split of a dataset: samples by their number, from 0 to `len(source) - 1`.
+    """Samples by their number, from 0 to `len(source) - 1`.
 
     Worker processes get it by pickling, so that large lists are better kept as arrays. `index` may
-    be a NumPy integer. For classification a sample is a dict with `image`, the bytes of a file of
-    any format that `decode` reads, and `label`, an integer.
+    be a NumPy integer.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> dict[str, Any]: ...
+
+
+class LabelledSource(Source, Protocol):
+    """A split of a dataset; this is all that classification needs.
+
+    There a sample is a dict with `image`, the bytes of a file of any format that `decode` reads,
+    and `label`, an integer.
 
     Attributes:
       class_names: of the labels 0, 1, ...
@@ -20,12 +31,8 @@ class Source(Protocol):
     @property
     def class_names(self) -> Sequence[str]: ...
 
-    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: Any) -> dict[str, Any]: ...
-
-
-class DetectionSource(Source, Protocol):
+class DetectionSource(LabelledSource, Protocol):
     """A split for detection.
 
     A sample is a dict with `image` (encoded bytes), `index` (its number), `image_id`, `size`
@@ -59,7 +66,7 @@ class DetectionSource(Source, Protocol):
         ...
 
 
-class SegmentationSource(Source, Protocol):
+class SegmentationSource(LabelledSource, Protocol):
     """A split for semantic segmentation.
 
     A sample is a dict with `image` (H, W, 3) uint8 RGB, `label` (H, W) uint8 with 255 where

@@ -12,7 +12,7 @@ import os
 import pathlib
 import pickle
 from collections.abc import Container
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_collections
 import numpy as np
@@ -256,7 +256,7 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
         raise BadAnnotation(f"broken RLE: its runs do not add up to {size[0]}x{size[1]} pixels")
 
 
-def _numbers(values: Any) -> bool:
+def _numbers(values: Any) -> TypeGuard[list[float]]:
     return isinstance(values, list) and all(
         isinstance(v, int | float) and math.isfinite(v) for v in values
     )
