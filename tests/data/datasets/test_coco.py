@@ -1,6 +1,5 @@
 """COCO's instances: elements, and bad annotations and files."""
 
-import json
 import pickle
 
 import numpy as np
