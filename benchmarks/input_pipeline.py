@@ -32,11 +32,11 @@ from PIL import Image, ImageEnhance, ImageOps
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from vssd_jax.data import transforms
+from vssd_jax.data import classification_transforms as transforms
 from vssd_jax.data.cached import CachedSource
-from vssd_jax.data.constants import IMAGENET_MEAN, IMAGENET_STD
 from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.image_folder import ImageFolder
+from vssd_jax.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from vssd_jax.data.randaugment import FILL, sample_operations
 
 BICUBIC = Image.Resampling.BICUBIC

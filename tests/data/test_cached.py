@@ -5,8 +5,8 @@ import pytest
 
 from tests.data.pictures import jpeg
 from vssd_jax.data import cached
+from vssd_jax.data.classification_transforms import resize_shorter_side
 from vssd_jax.data.decode import DecodedSource, decode
-from vssd_jax.data.transforms import resize_shorter_side
 from vssd_jax.errors import UserError
 
 RECORDS = [{"image": jpeg(i, 20 + i, 30), "label": i} for i in range(7)]

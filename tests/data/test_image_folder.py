@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from tests.data.pictures import jpeg
+from vssd_jax.data.datasets.imagenet2012 import open_imagenet
 from vssd_jax.data.image_folder import ImageFolder
-from vssd_jax.data.imagenet import open_imagenet
 from vssd_jax.errors import UserError
 
 
@@ -41,7 +41,7 @@ def test_order_and_labels(tmp_path):
         ("train/n02/b.JPEG", 1),
         ("train/n10/ä.JPG", 2),
     ]
-    assert source.classes == ["n01", "n02", "n10"]
+    assert source.class_names == ["n01", "n02", "n10"]
     # n01 is absent from val: the labels stay those of train.
     validation = pickle.loads(pickle.dumps(open_imagenet(tmp_path, "val")))
     assert contents(validation) == [("val/n02/v.JPEG", 1), ("val/n10/v.JPEG", 2)]

@@ -6,14 +6,17 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from vssd_jax.data import coco, digits_detection
+from vssd_jax.data.coco_masks import rasterise
+from vssd_jax.data.datasets import digits_detection
+from vssd_jax.data.datasets.coco import CocoSource
+from vssd_jax.data.detection_transforms import eval_transform
 from vssd_jax.models.mask_rcnn import Detections
 from vssd_jax.tasks import coco_metrics
 
 
 def dataset(folder):
-    digits_detection.prepare(folder, train=2, test=4)
-    return digits_detection.load(folder, "test", train=2, test=4)
+    folder = digits_detection.prepare(folder, train=2, test=4)
+    return CocoSource(folder / "test", folder / "annotations/instances_test.json")
 
 
 def perfect(source, batch, wrong=0):
@@ -36,7 +39,7 @@ def perfect(source, batch, wrong=0):
             fields["labels"][i, k] = (label + (k < wrong)) % 10
             fields["valid"][i, k] = True
             x1, y1, x2, y2 = box.astype(int)
-            mask = coco.rasterise(code, element["size"])[y1:y2, x1:x2]
+            mask = rasterise(code, element["size"])[y1:y2, x1:x2]
             small = Image.fromarray(mask * 255).resize((28, 28), Image.Resampling.BILINEAR)
             fields["masks"][i, k] = np.asarray(small) / 12.75 - 10
     batch["image_shape"] = 2 * batch["original_shape"]
@@ -44,7 +47,7 @@ def perfect(source, batch, wrong=0):
 
 
 def whole_batch(source):
-    elements = [coco.eval_transform(source[i], short_side=128, long_side=160,
+    elements = [eval_transform(source[i], short_side=128, long_side=160,
                                     shapes=(digits_detection.SIZE,))
                 for i in range(len(source))]  # fmt: skip
     return {name: np.stack([e[name] for e in elements]) for name in elements[0]}
@@ -114,5 +117,5 @@ def test_the_dataset_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not source.problems
     element = source[0]
     for box, code in zip(element["boxes"], element["segmentations"], strict=True):
-        ys, xs = np.nonzero(coco.rasterise(code, element["size"]))
+        ys, xs = np.nonzero(rasterise(code, element["size"]))
         np.testing.assert_array_equal(box, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])

@@ -18,7 +18,7 @@ from configs import digits_detection as digits_config
 from tests.conftest import ROOT
 from tests.resume import assert_same_run, train_with_stops
 from tests.tasks.test_coco_metrics import perfect, whole_batch
-from vssd_jax.data import digits_detection
+from vssd_jax.data.datasets import digits_detection
 from vssd_jax.errors import UserError
 from vssd_jax.tasks import make_task
 from vssd_jax.tasks.coco_metrics import NUMBERS
@@ -142,7 +142,7 @@ def test_a_stopped_run_resumes_bitwise(run, tmp_path, monkeypatch, num_workers):
 def test_printed_numbers_are_those_of_the_written_predictions(data_dir, tmp_path):
     config = small_config(data_dir)
     task = Detection(config, save_predictions=tmp_path / "found")
-    source = task._source("val")
+    source = task.source("val")
     batch = whole_batch(source)
     found = perfect(source, batch, wrong=1)._asdict()
     found["masks"][:, 1, :, 10:] = -9  # a third of the mask is left
@@ -201,7 +201,7 @@ def test_exact_padding_is_to_multiples_of_32(data_dir):
     assert len(shapes) == 5
 
 
-def test_what_is_wrong_with_the_data_is_told(data_dir, tmp_path, capsys):
+def test_what_is_wrong_with_the_data_is_said(data_dir, tmp_path, capsys):
     config = small_config(data_dir)
     for changes, message in (
         ({"dataset": "coc"}, "did you mean 'coco'"),
@@ -230,8 +230,8 @@ def test_what_is_wrong_with_the_data_is_told(data_dir, tmp_path, capsys):
     config.data_dir = str(tmp_path)
     with pytest.raises(UserError, match="the categories of"):
         next(Detection(config).train_batches(0))
-    assert "left out of" in (told := capsys.readouterr().out)
-    assert "image 0, annotation 1: unknown category 77" in told
+    assert "left out of" in (printed := capsys.readouterr().out)
+    assert "image 0, annotation 1: unknown category 77" in printed
     config.bad_annotations = "refuse"
     with pytest.raises(UserError, match="image 0, annotation 1: unknown category 77"):
         Detection(config).train_size  # noqa: B018

@@ -17,7 +17,7 @@ from configs import upernet
 from tests.conftest import ROOT
 from tests.resume import assert_same_run, train_with_stops
 from vssd_jax import UserError, create_model
-from vssd_jax.data import ade20k
+from vssd_jax.data.datasets import ade20k
 from vssd_jax.tasks import segmentation_metrics as metrics
 from vssd_jax.tasks.segmentation import Segmentation
 from vssd_jax.training.loop import train
@@ -114,7 +114,7 @@ def test_both_scales_and_the_classes_are_printed(evaluation):
 def test_saved_labels_give_the_printed_numbers(evaluation, data_dir):
     results, _, folder = evaluation
     source = ade20k.ADE20K(data_dir, "validation")
-    names = [f"{name}.png" for name in source.names]
+    names = [f"{name}.png" for name in source.image_names]
     assert sorted(os.listdir(folder / "labels")) == sorted(os.listdir(folder / "overlays")) == names
     confusion = 0
     for index, name in enumerate(names):

@@ -8,10 +8,12 @@ import os
 import pathlib
 import shutil
 import tempfile
+from typing import Any
 
 import numpy as np
 
-from vssd_jax.data.transforms import resize_shorter_side
+from vssd_jax.data.classification_transforms import resize_shorter_side
+from vssd_jax.data.source import Source
 from vssd_jax.errors import UserError
 
 FORMAT = 1
@@ -37,7 +39,14 @@ class CachedSource:
       UserError: the folder holds something else, or a cache of another source or size.
     """
 
-    def __init__(self, source, folder, *, shorter_side: int = 256, num_workers: int = 0):
+    def __init__(
+        self,
+        source: Source,
+        folder: str | os.PathLike,
+        *,
+        shorter_side: int = 256,
+        num_workers: int = 0,
+    ):
         self._folder = pathlib.Path(folder)
         wanted = {"format": FORMAT, "length": len(source), "shorter_side": shorter_side}
         if not self._folder.exists():
@@ -61,7 +70,7 @@ class CachedSource:
     def __len__(self) -> int:
         return len(self._index["label"])
 
-    def __getitem__(self, index) -> dict:
+    def __getitem__(self, index: Any) -> dict[str, Any]:
         height, width = self._index["size"][index]
         start = self._index["start"][index]
         shard = _open_shard(self._folder / _shard_name(int(index) // SHARD_LENGTH))
@@ -83,7 +92,7 @@ def _open_shard(path: pathlib.Path) -> np.memmap:
     return np.memmap(path, np.uint8, mode="r")
 
 
-def _write(source, folder: pathlib.Path, description: dict, num_workers: int) -> None:
+def _write(source: Source, folder: pathlib.Path, description: dict, num_workers: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{folder.name}.unfinished-"
     unfinished = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
@@ -97,7 +106,9 @@ def _write(source, folder: pathlib.Path, description: dict, num_workers: int) ->
                 parts = list(pool.map(write, shards))
         else:
             parts = [write(shard) for shard in shards]
-        index = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        index: dict[str, Any] = {
+            key: np.concatenate([part[key] for part in parts]) for key in parts[0]
+        }
         np.savez(unfinished / "index.npz", **index)
         (unfinished / "cache.json").write_text(json.dumps(description))
         unfinished.chmod(0o755)  # mkdtemp's folders are private
@@ -111,7 +122,9 @@ def _write(source, folder: pathlib.Path, description: dict, num_workers: int) ->
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_shard(source, folder: pathlib.Path, shorter_side: int, shard: int) -> dict:
+def _write_shard(
+    source: Source, folder: pathlib.Path, shorter_side: int, shard: int
+) -> dict[str, np.ndarray]:
     first = shard * SHARD_LENGTH
     start, sizes, labels, replaced = 0, [], [], []
     starts = []
@@ -121,7 +134,7 @@ def _write_shard(source, folder: pathlib.Path, shorter_side: int, shard: int) ->
             image = example["image"]
             if min(image.shape[:2]) > shorter_side:
                 image = resize_shorter_side(image, shorter_side)
-            file.write(np.ascontiguousarray(image))
+            file.write(np.ascontiguousarray(image).data)
             starts.append(start)
             start += image.size
             sizes.append(image.shape[:2])

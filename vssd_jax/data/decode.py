@@ -1,11 +1,13 @@
 """Encoded pictures to RGB pixels, as Pillow's `convert("RGB")` gives them."""
 
 import io
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from vssd_jax.data.source import Source
 from vssd_jax.errors import UserError
 
 # Pictures that cannot be read come alone or in small clusters; a longer run of them is no accident.
@@ -70,18 +72,18 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 class DecodedSource:
     """A random-access source of decoded pictures, without holes.
 
-    `source[i]` is a dict with `image` (encoded bytes) and `label`. Here it becomes `image`
-    (H, W, 3) uint8, `label` int32, and `replaced` int32: 1 where picture i could not be read and
-    the next readable one stands in its place, with its own label.
+    Of a `Source`, whose samples have encoded bytes. An element is `image` (H, W, 3) uint8, `label`
+    int32, and `replaced` int32: 1 where picture i could not be read and the next readable one
+    stands in its place, with its own label.
     """
 
-    def __init__(self, source):
+    def __init__(self, source: Source):
         self._source = source
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index) -> dict:
+    def __getitem__(self, index: Any) -> dict[str, Any]:
         """Raises `UserError` where 100 pictures in a row (or all of them) cannot be read."""
         tries = min(len(self), MAX_CONSECUTIVE_UNREADABLE)
         for offset in range(tries):

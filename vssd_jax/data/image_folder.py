@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -19,25 +20,31 @@ class ImageFolder:
     split, so that a validation set that lacks a class keeps its labels. Pictures are ordered by
     class and file name; hidden files are ignored, and so are folders inside a class's.
 
+    Args:
+      root: the folder that holds the splits.
+      split: the name of one of them.
+
     Raises:
       UserError: a missing folder, a class without pictures, a class unknown to `train`.
     """
 
-    def __init__(self, root, split: str):
+    def __init__(self, root: str | os.PathLike, split: str):
         root = pathlib.Path(root)
         folder = root / split
         present = _class_names(folder)
-        self.classes = present
+        self.class_names = present
         if split != "train" and (root / "train").is_dir():
-            self.classes = _class_names(root / "train")
-            unknown = sorted(set(present) - set(self.classes))
+            self.class_names = _class_names(root / "train")
+            unknown = sorted(set(present) - set(self.class_names))
             if unknown:
                 raise UserError(
                     f"{folder} has classes that {root / 'train'} lacks: {_shortened(unknown)}. "
                     "Labels would not agree; the same folder names are needed in both."
                 )
-        names, labels, empty = [], [], []
-        number = {name: label for label, name in enumerate(self.classes)}
+        names: list[bytes] = []
+        labels: list[int] = []
+        empty: list[str] = []
+        number = {name: label for label, name in enumerate(self.class_names)}
         for name in present:
             with os.scandir(folder / name) as entries:
                 files = sorted(
@@ -55,7 +62,6 @@ class ImageFolder:
                 f"Expected files that end in {', '.join(ENDINGS)}; remove the folder of a class "
                 "that is not to be used."
             )
-        self.num_classes = len(self.classes)
         self._folder = folder
         # Fixed-width arrays: a list of a million strings would weigh hundreds of megabytes in
         # every worker.
@@ -65,10 +71,10 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, index) -> dict:
+    def __getitem__(self, index: Any) -> dict[str, Any]:
         label = self._labels[index]
         name = os.fsdecode(self._names[index])
-        with open(os.path.join(self._folder, self.classes[label], name), "rb") as file:
+        with open(os.path.join(self._folder, self.class_names[label], name), "rb") as file:
             return {"image": file.read(), "label": label}
 
 

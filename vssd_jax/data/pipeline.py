@@ -6,9 +6,12 @@ random transforms, whatever the number of workers and processes, and also after 
 
 import gc
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
+
+from vssd_jax.data.source import Source
 
 
 def _iterate(dataset: grain.MapDataset, num_workers: int) -> Iterator[dict]:
@@ -26,7 +29,7 @@ def _iterate(dataset: grain.MapDataset, num_workers: int) -> Iterator[dict]:
 
 
 def train_batches(
-    source,
+    source: Source,
     transform: Callable[[dict, np.random.Generator], dict],
     *,
     batch_size: int,
@@ -40,7 +43,7 @@ def train_batches(
     """Batches of this process's share: endless, and reshuffled every epoch.
 
     Args:
-      source: has `__len__` and `__getitem__`.
+      source: the samples.
       transform: element and random generator -> dict of arrays of fixed shape.
       batch_size: global; each process gets its contiguous rows of every global batch.
       seed: of the order and the transforms.
@@ -66,19 +69,19 @@ class _Padded:
     A source with padding of its own says so by `valid` of its elements.
     """
 
-    def __init__(self, source, batch_size: int):
+    def __init__(self, source: Source, batch_size: int):
         self.source, self.batch_size = source, batch_size
 
-    def __len__(self):
+    def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size) * self.batch_size
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> dict[str, Any]:
         valid = index < len(self.source)
         return {"valid": np.bool_(valid), **self.source[index if valid else 0]}
 
 
 def eval_batches(
-    source,
+    source: Source,
     transform: Callable[[dict], dict],
     *,
     batch_size: int,
@@ -88,7 +91,7 @@ def eval_batches(
 ) -> Iterator[dict]:
     """Every element once, in order; the last batch is padded and `valid` masks the padding."""
 
-    def apply(element):
+    def apply(element: dict) -> dict:
         return {"valid": element.pop("valid"), **transform(element)}
 
     dataset = (

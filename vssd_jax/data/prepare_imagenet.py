@@ -15,13 +15,13 @@ import pathlib
 import shutil
 import sys
 
-from vssd_jax.data.imagenet import prepared_folder
+from vssd_jax.data.datasets.imagenet2012 import prepared_folder
 from vssd_jax.errors import UserError
 
 ARCHIVES = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 
 
-def prepare(manual_dir, data_dir) -> pathlib.Path:
+def prepare(manual_dir: str | os.PathLike, data_dir: str | os.PathLike) -> pathlib.Path:
     """Prepares `imagenet2012` unless it is there already; returns its folder.
 
     An interrupted run leaves nothing that looks complete, and can be repeated.
@@ -61,7 +61,9 @@ def prepare(manual_dir, data_dir) -> pathlib.Path:
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
     )
-    return prepared_folder(data_dir)
+    folder = prepared_folder(data_dir)
+    assert folder is not None
+    return folder
 
 
 def main() -> int:

@@ -6,12 +6,14 @@ from 0 (weak) to 10; the "increasing" variants of timm grow stronger with it.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from vssd_jax.data.constants import IMAGENET_MEAN
+from vssd_jax.data.normalization import IMAGENET_MEAN
 
 MAX_MAGNITUDE = 10.0
 # What a shear, shift or rotation uncovers gets the mean colour.
@@ -19,7 +21,7 @@ FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
 _LEVELS = np.arange(256)
 # ITU-R 601 luma in the 16-bit fixed point of Pillow's convert("L"); OpenCV's own differs by one.
-_LUMA = np.float32([[19595, 38470, 7471]]) / 65536
+_LUMA = np.array([[19595, 38470, 7471]], np.float32) / 65536
 # Pillow cuts off fractions where OpenCV rounds to the nearest: almost a half less makes them agree,
 # and leaves a whole number what it is in spite of rounding errors.
 _CUT_OFF = -0.498
@@ -112,7 +114,7 @@ def brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 def sharpness(image: np.ndarray, factor: float) -> np.ndarray:
     """Sharpness: 0 is smoothed, 1 the picture itself, more is sharper."""
-    kernel = np.float32([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
     smooth = image.copy()  # Pillow's filter leaves the border as it is
     smooth[1:-1, 1:-1] = cv2.filter2D(image, -1, kernel)[1:-1, 1:-1]
     return _blend(smooth, image, factor)
@@ -136,7 +138,7 @@ def _shift_rows(image: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     weights = np.stack(
         (((2 - d) * d - 1) * d, (d - 2) * d * d + 1, ((1 - d) * d + 1) * d, (d - 1) * d * d), axis=1
     )
-    columns = np.float32(base)[:, None] + np.arange(-1, width + 2, dtype=np.float32)
+    columns = base.astype(np.float32)[:, None] + np.arange(-1, width + 2, dtype=np.float32)
     rows = np.repeat(np.arange(height, dtype=np.float32)[:, None], width + 3, axis=1)
     np.clip(columns, 0, width - 1, out=columns)
     taps = cv2.remap(image, columns, rows, cv2.INTER_NEAREST).astype(np.float32)
@@ -182,7 +184,7 @@ def _sign(rng: np.random.Generator) -> int:
     return -1 if rng.random() < 0.5 else 1
 
 
-def _signed(maximum: float):
+def _signed(maximum: float) -> Callable[[float, np.random.Generator], tuple[float]]:
     return lambda magnitude, rng: (_sign(rng) * maximum * magnitude / MAX_MAGNITUDE,)
 
 
@@ -196,7 +198,7 @@ def _none(magnitude: float, rng: np.random.Generator) -> tuple:
 
 
 # name -> (operation, (magnitude, rng) -> its arguments), in timm's order.
-OPERATIONS = {
+OPERATIONS: dict[str, tuple[Callable, Callable[[float, np.random.Generator], tuple]]] = {
     "AutoContrast": (auto_contrast, _none),
     "Equalize": (equalize, _none),
     "Invert": (invert, _none),
@@ -239,7 +241,7 @@ def sample_operations(
     return chosen
 
 
-def rand_augment(image: np.ndarray, rng: np.random.Generator, **settings) -> np.ndarray:
+def rand_augment(image: np.ndarray, rng: np.random.Generator, **settings: Any) -> np.ndarray:
     """Applies randomly drawn operations; `settings` are those of `sample_operations`."""
     for name, arguments in sample_operations(rng, **settings):
         image = OPERATIONS[name][0](image, *arguments)

@@ -71,7 +71,8 @@ def make_scene(
     digits, labels = _digits(split)
     # The topmost digit of each pixel, -1 for none, and the whole area of each digit.
     owner = np.full(size, -1, np.int32)
-    placed, areas = [], []
+    placed: list[int] = []
+    areas: list[int] = []
     for _ in range(rng.integers(num_digits[0], num_digits[1] + 1)):
         index = rng.integers(len(digits))
         for _ in range(20):
@@ -101,7 +102,7 @@ def make_scene(
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), instances
 
 
-def _background(rng, size, clutter):
+def _background(rng: np.random.Generator, size: tuple[int, int], clutter: int) -> np.ndarray:
     """(H, W, 3) float64: a smooth colour field with dull shapes on it."""
     height, width = size
     coarse = rng.uniform(60, 140, (4, 4, 3)).astype(np.float32)
@@ -119,7 +120,12 @@ def _background(rng, size, clutter):
     return image.astype(np.float64)
 
 
-def _render(rng, digit, digit_size, size):
+def _render(
+    rng: np.random.Generator,
+    digit: np.ndarray,
+    digit_size: tuple[int, int],
+    size: tuple[int, int],
+) -> np.ndarray:
     """The ink of one digit, (h, w) float32 in 0..1, cut to where it is; fits into `size`."""
     height = min(int(rng.integers(digit_size[0], digit_size[1] + 1)), size[0])
     width = min(max(8, round(height * rng.uniform(0.75, 1.0))), size[1])
@@ -130,7 +136,7 @@ def _render(rng, digit, digit_size, size):
     return np.clip(ink[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1], 0, 1)
 
 
-def _paint(rng, window, ink):
+def _paint(rng: np.random.Generator, window: np.ndarray, ink: np.ndarray) -> None:
     """Lays a digit over `window` in place: bright or dark, with a darker or lighter rim."""
     bright = rng.random() < 0.7
     colour = rng.uniform(170, 255, 3) if bright else rng.uniform(0, 40, 3)

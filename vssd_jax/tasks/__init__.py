@@ -1,41 +1,78 @@
-"""What the training loop needs to know of each task.
+"""Tasks by name: what is trained and evaluated, and on batches of what.
 
-A task has `num_classes`, `dataset_classes`, `image_shape` (what multiply-adds and throughput are
-given for), `train_size`, `train_batches(start_step)`, `eval_batches()`, `build(rngs)`,
-`loss(model, batch, *, step, rngs, teacher)`, `check(metrics)`, `eval_step(model, batch)`,
-`summarize(outputs)`, `table` (what eval.py prints besides the metrics, or None) and
-`best_metric`; see classification.py.
+The training loop and the evaluation know a task by its protocol, `vssd_jax.tasks.protocol.Task`. A
+task from elsewhere, most easily a subclass of `vssd_jax.tasks.base.BaseTask`, calls `register` in a
+file that the config's file imports.
 """
 
+import importlib
+import inspect
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import ml_collections
 
 from vssd_jax.errors import UserError, did_you_mean
 
-TASKS = ("classification", "detection", "segmentation")
+if TYPE_CHECKING:
+    from vssd_jax.tasks.protocol import Task
+
+# The module of the same name has the class.
+_BUILT_IN = {
+    "classification": "Classification",
+    "detection": "Detection",
+    "segmentation": "Segmentation",
+}
+_registered: dict[str, "Callable[..., Task]"] = {}
 
 
-def make_task(config, *, tta: bool = False, save_predictions: str | os.PathLike | None = None):
+def register(name: str, make: "Callable[..., Task]") -> None:
+    """Makes a task from outside the package known by its name.
+
+    A second task of the same name replaces the first: a config's file may be run twice.
+
+    Args:
+      name: for `config.task`.
+      make: config to `Task`; may have the options of `make_task`.
+
+    Raises:
+      UserError: a task of the package has this name.
+    """
+    if name in _BUILT_IN:
+        raise UserError(f"vssd_jax has a task {name!r}; choose another name")
+    _registered[name] = make
+
+
+def make_task(
+    config: ml_collections.ConfigDict,
+    *,
+    tta: bool = False,
+    save_predictions: str | os.PathLike | None = None,
+) -> "Task":
     """The task that `config.task` names.
 
     Args:
       config: of the run.
       tta: average predictions over scaled and mirrored images; segmentation only.
       save_predictions: a folder for predictions and pictures; detection and segmentation only.
+
+    Raises:
+      UserError: there is no such task, it does not have these options, or `config` does not fit it.
     """
-    if tta and config.task != "segmentation":
-        raise UserError(f"--tta is for segmentation, and the config's task is {config.task}")
-    if config.task == "classification":
-        if save_predictions is not None:
-            raise UserError("--save-predictions is for detection and segmentation")
-        from vssd_jax.tasks.classification import Classification
-
-        return Classification(config)
-    if config.task == "detection":
-        from vssd_jax.tasks.detection import Detection
-
-        return Detection(config, save_predictions=save_predictions)
-    if config.task == "segmentation":
-        from vssd_jax.tasks.segmentation import Segmentation
-
-        return Segmentation(config, tta=tta, save_predictions=save_predictions)
-    raise UserError(f"unknown task {config.task!r}{did_you_mean(config.task, TASKS)}")
+    name, make = config.task, _registered.get(config.task)
+    if make is None:
+        if name not in _BUILT_IN:
+            near = did_you_mean(name, (*_BUILT_IN, *_registered))
+            raise UserError(f"unknown task {name!r}{near}")
+        make = getattr(importlib.import_module(f"{__name__}.{name}"), _BUILT_IN[name])
+    options: dict[str, Any] = {}
+    if tta:
+        options["tta"] = True
+    if save_predictions is not None:
+        options["save_predictions"] = save_predictions
+    for option in options:
+        if option not in inspect.signature(make).parameters:
+            flag = option.replace("_", "-")
+            raise UserError(f"--{flag} is not for {name}, the config's task")
+    return make(config, **options)

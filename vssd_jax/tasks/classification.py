@@ -1,119 +1,72 @@
-"""Image classification: what the training loop needs to know of it."""
+"""Image classification."""
 
 import collections
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from flax import nnx
 
-from vssd_jax.data import pipeline
+from vssd_jax.data import normalization
+from vssd_jax.data.cached import CachedSource
+from vssd_jax.data.classification_transforms import EvalTransform, TrainTransform
 from vssd_jax.data.decode import DecodedSource
-from vssd_jax.errors import UserError, did_you_mean
-from vssd_jax.tasks import common, device_transforms
+from vssd_jax.data.source import LabelledSource, Source
+from vssd_jax.errors import UserError
+from vssd_jax.tasks.base import BaseTask
 from vssd_jax.tasks.mixup import mixup_cutmix
+from vssd_jax.tasks.protocol import Batch
+from vssd_jax.tasks.random_erasing import erase
 
-DATASETS = ("digits", "imagenet2012")
 
-
-class Classification:
+class Classification(BaseTask[LabelledSource]):
     """A classifier, its batches, its loss and its top-1 and top-5 accuracy."""
 
+    name = "classification"
     best_metric = "val/top1"
-    table = None
-
-    def __init__(self, config: ml_collections.ConfigDict):
-        self.config = config
-        if config.dataset not in DATASETS:
-            near = did_you_mean(config.dataset, DATASETS)
-            raise UserError(f"unknown dataset {config.dataset!r}{near}")
 
     @property
     def image_shape(self) -> tuple[int, int]:
         """Height and width of the images."""
-        return (self.config.image_size,) * 2
+        return self.config.image_size, self.config.image_size
 
-    @property
-    def num_classes(self) -> int:
-        """Of `config.num_classes`, or else of the dataset."""
-        if self.config.num_classes is not None:
-            return self.config.num_classes
-        return self.dataset_classes
-
-    @property
-    def dataset_classes(self) -> int:
-        """The number of classes that the labels come from."""
-        return self._pictures("val").num_classes
-
-    def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The fresh model, in training mode."""
-        return common.build(self.config, self.num_classes, rngs)
-
-    @functools.cache  # noqa: B019 - a task lives as long as its run
-    def _pictures(self, split: str):
-        """The encoded pictures of "train" or "val"."""
-        if self.config.dataset == "digits":
-            from vssd_jax.data.digits import Digits
-
-            return Digits(self.config.data_dir, split)
-        from vssd_jax.data.imagenet import open_imagenet
-
-        return open_imagenet(self.config.data_dir, split)
-
-    def _transforms(self):
+    def _transforms(self) -> tuple[Callable, Callable]:
         """For training and for evaluation."""
-        size = self.config.image_size
-        if self.config.dataset == "digits":
-            from vssd_jax.data import digits
+        config = self.config
+        if self.dataset.transforms is not None:
+            return self.dataset.transforms(config)
+        size = config.image_size
+        return TrainTransform(size, **config.augmentation), EvalTransform(size)
 
-            return digits.TrainTransform(size), digits.EvalTransform(size)
-        from vssd_jax.data.transforms import EvalTransform, TrainTransform
-
-        return TrainTransform(size, **self.config.augmentation), EvalTransform(size)
-
-    @property
-    def train_size(self) -> int:
-        """Number of training images."""
-        return len(self._pictures("train"))
-
-    def train_batches(self, start_step: int) -> Iterator[dict]:
+    def train_batches(self, start_step: int) -> Iterator[Batch]:
         """This process's share of the batches from `start_step` on, as NumPy arrays."""
         config = self.config
-        source = DecodedSource(self._pictures("train"))
+        source: Source = DecodedSource(self.source("train"))
         if config.cache_decoded:
-            from vssd_jax.data.cached import CachedSource
-
             source = CachedSource(source, config.cache_decoded, num_workers=config.num_workers)
-        return common.batches(
-            pipeline.train_batches,
-            self.config,
-            source,
-            self._transforms()[0],
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=start_step,
-        )
+        return self._train_batches(source, self._transforms()[0], start_step)
 
-    def eval_batches(self) -> Iterator[dict]:
+    def eval_batches(self) -> Iterator[Batch]:
         """This process's share of the evaluation batches; `valid` masks the padding."""
-        return common.batches(
-            pipeline.eval_batches,
-            self.config,
-            DecodedSource(self._pictures("val")),
-            self._transforms()[1],
-            batch_size=self.config.eval_batch_size,
-        )
+        return self._eval_batches(DecodedSource(self.source("val")), self._transforms()[1])
 
-    def loss(self, model, batch, *, step, rngs, teacher):
-        """Cross-entropy with mixed and smoothed labels, and MESA's to the averaged model."""
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """The pictures of a batch as the model takes them."""
+        return normalization.normalize(images)
+
+    def augment(self, batch: Batch, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
+        """A training batch as normalised, erased and mixed images and their target distributions.
+
+        Returns:
+          (B, H, W, 3) images and (B, num_classes) float32 targets.
+        """
         config = self.config
-        images = device_transforms.normalize(batch["image"])
+        images = self.normalize(batch["image"])
         if "erase" in batch:
-            images = device_transforms.erase(rngs.erase(), images, batch["erase"])
-        images, targets = mixup_cutmix(
+            images = erase(rngs.erase(), images, batch["erase"])
+        return mixup_cutmix(
             rngs.mixup(),
             images,
             batch["label"],
@@ -123,6 +76,19 @@ class Classification:
             switch_prob=config.cutmix_probability,
             smoothing=config.label_smoothing,
         )
+
+    def loss(
+        self,
+        model: Any,
+        batch: Batch,
+        *,
+        step: jax.Array,
+        rngs: nnx.Rngs,
+        teacher: Callable[..., Any],
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Cross-entropy with mixed and smoothed labels, and MESA's to the averaged model."""
+        config = self.config
+        images, targets = self.augment(batch, rngs)
         logits = model(images, rngs)
         loss = soft_cross_entropy(logits, targets)
         metrics = {"unreadable": batch["replaced"].mean()}
@@ -143,9 +109,9 @@ class Classification:
                 f"config.max_unreadable={self.config.max_unreadable:.1%}; check the files"
             )
 
-    def eval_step(self, model, batch) -> dict:
+    def eval_step(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         """Sums over the images of a batch, without padding and unreadable ones."""
-        logits = model(device_transforms.normalize(batch["image"]))
+        logits = model(self.normalize(batch["image"]))
         replaced = batch["replaced"].astype(bool)  # its neighbour counts in its own place
         valid = batch["valid"] & ~replaced
         rank = label_rank(logits, batch["label"])
@@ -158,12 +124,12 @@ class Classification:
             "unreadable": jnp.sum(batch["valid"] & replaced),
         }
 
-    def summarize(self, outputs: Iterator[dict]) -> dict[str, float]:
+    def summarize(self, outputs: Iterator[dict[str, Any]]) -> dict[str, float]:
         """The metrics of an evaluation, from the host copies of all `eval_step` outputs.
 
         Raises a UserError if too many pictures are unreadable.
         """
-        sums = collections.Counter()
+        sums: collections.Counter = collections.Counter()
         for output in outputs:
             sums.update({name: float(value) for name, value in output.items()})
         count, unreadable = sums.pop("count"), sums.pop("unreadable")
@@ -178,7 +144,9 @@ def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
-def mesa_loss(logits, teacher, images, *, active) -> jax.Array:
+def mesa_loss(
+    logits: jax.Array, teacher: Callable[..., Any], images: jax.Array, *, active: jax.Array
+) -> jax.Array:
     """Cross-entropy to the averaged model's softmax (MESA), 0 while not `active`.
 
     The averaged model runs only while active.

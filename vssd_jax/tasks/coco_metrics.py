@@ -1,17 +1,23 @@
 """Detections in COCO's result format, their mean average precision, and pictures of them."""
 
+import colorsys
 import contextlib
 import io
 import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
-from vssd_jax.data.coco import CocoSource, rasterise, read_annotations
+from vssd_jax.data.coco_masks import rasterise
 from vssd_jax.data.decode import decode
+from vssd_jax.data.source import DetectionSource
 from vssd_jax.models.detection.masks import paste_masks
+from vssd_jax.models.mask_rcnn import Detections
 
 KINDS = {"box": "bbox", "mask": "segm"}  # our names and pycocotools'
 # COCO's twelve numbers, in its order; the sizes are of objects in pixels of area.
@@ -22,14 +28,14 @@ NUMBERS = (
 
 
 def to_results(
-    detections, batch: dict, source: CocoSource, *, threshold: float = 0.5
-) -> list[dict]:
+    detections: Detections, batch: dict, source: DetectionSource, *, threshold: float = 0.5
+) -> list[dict[str, Any]]:
     """Detections of a batch in COCO's result format, in pixels of the original images.
 
     Args:
       detections: of `MaskRCNN.predict`, as NumPy arrays.
-      batch: `index`, `image_shape` and `original_shape` as from `coco.eval_transform`; images
-        whose `valid` (if there) is False are left out.
+      batch: `index`, `image_shape` and `original_shape` as of the `eval_transform` of detection;
+        images whose `valid` (if there) is False are left out.
       source: where the images come from.
       threshold: least probability of a mask's pixel.
 
@@ -69,7 +75,7 @@ def to_results(
     return results
 
 
-def evaluate(source: CocoSource, results: list[dict]) -> dict[str, dict[str, float]]:
+def evaluate(source: DetectionSource, results: list[dict]) -> dict[str, dict[str, float]]:
     """Mean average precision by pycocotools, over the images of the source.
 
     Returns:
@@ -78,21 +84,12 @@ def evaluate(source: CocoSource, results: list[dict]) -> dict[str, dict[str, flo
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    dataset = read_annotations(source.annotations)
-    images = set(source.image_ids)
-    dataset["images"] = [x for x in dataset["images"] if x["id"] in images]
-    # Ids of our own: pycocotools takes an annotation 0 for "no match".
-    dataset["annotations"] = [
-        {"iscrowd": 0, "area": x["bbox"][2] * x["bbox"][3], **x, "id": place + 1}
-        for place, x in enumerate(dataset["annotations"])
-        if place not in source.bad_annotations and x["image_id"] in images
-    ]
     if not results:
         return {kind: dict.fromkeys(NUMBERS, 0.0) for kind in ("box", "mask")}
     scores = {}
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = dataset
+        truth.dataset = source.ground_truth()
         truth.createIndex()
         for kind, name in KINDS.items():
             evaluation = COCOeval(truth, truth.loadRes(results_of(name, results)), name)
@@ -114,7 +111,7 @@ def results_of(kind: str, results: list[dict]) -> list[dict]:
 
 def save_predictions(
     folder: str | os.PathLike,
-    source: CocoSource,
+    source: DetectionSource,
     results: list[dict],
     *,
     min_score: float = 0.3,
@@ -131,17 +128,15 @@ def save_predictions(
       min_score: of the detections that are drawn.
       max_pictures: draw the first images only.
     """
-    from PIL import Image
-
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for kind in KINDS.values():
         _write(folder / f"{kind}.json", json.dumps(results_of(kind, results)).encode())
-    by_image = {}
+    by_image: dict[int | str, list[dict]] = {}
     for result in results:
         if result["score"] >= min_score:
             by_image.setdefault(result["image_id"], []).append(result)
-    name = dict(zip(source.category_ids.tolist(), source.names, strict=True))
+    name = dict(zip(source.category_ids.tolist(), source.class_names, strict=True))
     for index in range(len(source))[:max_pictures]:
         element = source[index]
         picture = draw(decode(element["image"]), by_image.get(element["image_id"], ()), name)
@@ -150,12 +145,8 @@ def save_predictions(
         _write(folder / f"{element['image_id']}.png", data.getvalue())
 
 
-def draw(image: np.ndarray, results, names: dict[int, str]) -> np.ndarray:
+def draw(image: np.ndarray, results: Iterable[dict], names: dict[int, str]) -> np.ndarray:
     """An (H, W, 3) uint8 image with the boxes, masks, names and scores of results on it."""
-    import colorsys
-
-    from PIL import Image, ImageDraw
-
     image = np.array(image)
     # The best on top.
     results = sorted(results, key=lambda result: result["score"])

@@ -66,7 +66,7 @@ def _cutmix_box(key: jax.Array, height: int, width: int, share: jax.Array) -> ja
     ratio = jnp.sqrt(1 - share)
     keys = jax.random.split(key)
 
-    def span(key, size):
+    def span(key: jax.Array, size: int) -> jax.Array:
         extent = (size * ratio).astype(jnp.int32)
         start = jax.random.randint(key, (), 0, size, dtype=jnp.int32) - extent // 2
         position = jnp.arange(size)

@@ -1,8 +1,9 @@
-"""Semantic segmentation: what the training loop needs to know of it."""
+"""Semantic segmentation."""
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,23 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from vssd_jax.data import ade20k, digits_segmentation, pipeline
+from vssd_jax.data.grouping import GroupedByShape
 from vssd_jax.data.segmentation_pictures import save_prediction
-from vssd_jax.errors import UserError, did_you_mean
-from vssd_jax.tasks import common
+from vssd_jax.data.segmentation_transforms import (
+    IGNORE,
+    eval_shapes,
+    eval_transform,
+    train_transform,
+)
+from vssd_jax.data.source import SegmentationSource
+from vssd_jax.errors import UserError
+from vssd_jax.models.upernet import UperNet
 from vssd_jax.tasks import segmentation_metrics as metrics
+from vssd_jax.tasks.base import BaseTask
+from vssd_jax.tasks.protocol import Batch
 
-CLASSES = {"ade20k": ade20k.CLASSES, "digits_segmentation": digits_segmentation.CLASSES}
 
-
-class Segmentation:
+class Segmentation(BaseTask[SegmentationSource]):
     """A segmentor, its batches, its loss and its mIoU at the images' original sizes.
 
     Args:
@@ -30,6 +38,7 @@ class Segmentation:
         they are those of the average.
     """
 
+    name = "segmentation"
     best_metric = "val/miou"
 
     def __init__(
@@ -39,49 +48,10 @@ class Segmentation:
         tta: bool = False,
         save_predictions: str | os.PathLike | None = None,
     ):
-        self.config = config
-        if config.dataset not in CLASSES:
-            near = did_you_mean(config.dataset, tuple(CLASSES))
-            raise UserError(f"unknown dataset {config.dataset!r}{near}")
-        self.table = None
-        self._class_names = CLASSES[config.dataset]
+        super().__init__(config)
         self._tta, self._folder = tta, save_predictions
 
-    @property
-    def image_shape(self) -> tuple[int, int]:
-        """Height and width for which multiply-adds and throughput are given."""
-        return tuple(self.config.image_shape)
-
-    @property
-    def num_classes(self) -> int:
-        """Of `config.num_classes`, or else of the dataset."""
-        if self.config.num_classes is not None:
-            return self.config.num_classes
-        return self.dataset_classes
-
-    @property
-    def dataset_classes(self) -> int:
-        """The number of classes that the labels come from."""
-        return len(self._class_names)
-
-    def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The fresh model, in training mode."""
-        return common.build(self.config, self.num_classes, rngs)
-
-    @functools.cache  # noqa: B019 - a task lives as long as its run
-    def _source(self, split: str) -> ade20k.ADE20K:
-        """The pictures and label maps of "training" or "validation"."""
-        folder = self.config.data_dir
-        if self.config.dataset == "digits_segmentation":
-            folder = digits_segmentation.prepare(folder)
-        return ade20k.ADE20K(folder, split, num_classes=self.dataset_classes)
-
-    @property
-    def train_size(self) -> int:
-        """Number of training images."""
-        return len(self._source("training"))
-
-    def train_batches(self, start_step: int) -> Iterator[dict]:
+    def train_batches(self, start_step: int) -> Iterator[Batch]:
         """This process's share of the batches from `start_step` on, as NumPy arrays."""
         config = self.config
         if self.num_classes != self.dataset_classes:
@@ -90,7 +60,7 @@ class Segmentation:
                 f"{self.dataset_classes} classes"
             )
         transform = functools.partial(
-            ade20k.train_transform,
+            train_transform,
             crop=config.image_size,
             short=config.short_side,
             long=config.long_side,
@@ -98,17 +68,9 @@ class Segmentation:
             max_ratio=config.max_class_share,
             flip=config.flip,
         )
-        return common.batches(
-            pipeline.train_batches,
-            self.config,
-            self._source("training"),
-            transform,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=start_step,
-        )
+        return self._train_batches(self.source("train"), transform, start_step)
 
-    def _eval_options(self) -> dict:
+    def _eval_options(self) -> dict[str, Any]:
         config = self.config
         # The single scale comes first.
         others = [ratio for ratio in config.tta_ratios if ratio != 1] if self._tta else []
@@ -120,35 +82,35 @@ class Segmentation:
         }
 
     @functools.cached_property
-    def _eval_source(self) -> ade20k.SizeGrouped:
-        return ade20k.SizeGrouped(
-            self._source("validation"), self.config.eval_batch_size, **self._eval_options()
-        )
+    def _eval_source(self) -> GroupedByShape:
+        source, options = self.source("val"), self._eval_options()
+        shapes = (eval_shapes(source.size(index), **options) for index in range(len(source)))
+        return GroupedByShape(source, shapes, self.config.eval_batch_size)
 
-    def eval_batches(self) -> Iterator[dict]:
+    def eval_batches(self) -> Iterator[Batch]:
         """This process's share of the evaluation batches; `valid` masks the padding."""
-        return common.batches(
-            pipeline.eval_batches,
-            self.config,
-            self._eval_source,
-            functools.partial(ade20k.eval_transform, **self._eval_options()),
-            batch_size=self.config.eval_batch_size,
-        )
+        transform = functools.partial(eval_transform, **self._eval_options())
+        return self._eval_batches(self._eval_source, transform)
 
-    def loss(self, model, batch, *, step, rngs, teacher):
+    def loss(
+        self,
+        model: UperNet,
+        batch: Batch,
+        *,
+        step: jax.Array,
+        rngs: nnx.Rngs,
+        teacher: Callable[..., Any],
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy of both heads."""
         outputs = model(batch["image"], rngs)
         return metrics.segmentation_loss(
             outputs, batch["label"], aux_weight=model.config.aux_weight
         )
 
-    def check(self, metrics: dict[str, float]) -> None:
-        """Nothing to find here: damaged pictures and labels end a run when they are read."""
-
-    def eval_step(self, model, batch) -> dict:
+    def eval_step(self, model: UperNet, batch: Batch) -> dict[str, jax.Array]:
         """Confusion matrices, and for `save_predictions` the predicted labels."""
         size, shape = batch["size"], batch["label"].shape[1:]
-        label = jnp.where(batch["valid"][:, None, None], batch["label"], ade20k.IGNORE)
+        label = jnp.where(batch["valid"][:, None, None], batch["label"], IGNORE)
         views = metrics.model_views(model, batch["images"], flip=self._tta and self.config.flip > 0)
         predicted = metrics.predict_labels(views[:1], size, shape)
         outputs = {"confusion": metrics.confusion_matrix(predicted, label, self.num_classes)}
@@ -162,35 +124,34 @@ class Segmentation:
             outputs |= {name: batch[name] for name in ("index", "size", "valid")}
         return outputs
 
-    def summarize(self, outputs: Iterator[dict]) -> dict[str, float]:
+    def summarize(self, outputs: Iterator[dict[str, Any]]) -> dict[str, float]:
         """mIoU, mean and pixel accuracy; writes the predictions if asked to.
 
         `table` becomes the table of the classes.
         """
-        totals = {}
+        totals: dict[str, np.ndarray] = {}
         for output in outputs:
             for name, matrix in output.items():
                 if name.endswith("confusion"):
                     totals[name] = totals.get(name, 0) + matrix.astype(np.int64)
             if self._folder is not None and jax.process_index() == 0:
-                self._save(output)
-        results, tables = {}, []
+                self._save(self._folder, output)
+        results: dict[str, float] = {}
         for name, total in totals.items():
             prefix = name.removesuffix("confusion")
             numbers = metrics.summarize_confusion(total)
             results |= {f"val/{prefix}{key}": value for key, value in numbers.items()}
-            tables.append(metrics.format_per_class(total, self._class_names))
-        self.table = tables[-1]
+            self.table = metrics.format_per_class(total, self.class_names)
         return results
 
-    def _save(self, output: dict) -> None:
-        source = self._source("validation")
+    def _save(self, folder: str | os.PathLike, output: dict[str, Any]) -> None:
+        source = self.source("val")
         for i in np.flatnonzero(output["valid"]):
             index, (height, width) = output["index"][i], output["size"][i]
             save_prediction(
-                self._folder,
-                source.names[index],
+                folder,
+                source.image_names[index],
                 source[index]["image"],
                 output["predicted"][i, :height, :width],
-                self._class_names,
+                self.class_names,
             )

@@ -4,16 +4,20 @@ Shape letters: B batch, H and W height and width of the labels, h and w of the n
 K classes. Labels of 255 are ignored.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vssd_jax.data.ade20k import IGNORE
+from vssd_jax.data.segmentation_transforms import IGNORE
 from vssd_jax.errors import UserError
-from vssd_jax.models.upernet import bilinear_matrix, resize
+from vssd_jax.models.upernet import UperNet, bilinear_matrix, resize
+
+# (B, h', w', K) logits, and the (h, w) of the images that they come from.
+View = tuple[jax.Array, tuple[int, int]]
 
 # Rows of a label map that are predicted at a time: K logits for every pixel of a large picture
 # at once would take gigabytes.
@@ -30,14 +34,17 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       logits: (B, h, w, K) at any size.
       labels: (B, H, W) integers.
     """
-    logits = resize(logits, labels.shape[1:3])
+    height, width = labels.shape[1:3]
+    logits = resize(logits, (height, width))
     labels = labels.astype(jnp.int32)
     counted = labels != IGNORE
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, labels, 0))
     return jnp.where(counted, losses, 0).mean()
 
 
-def segmentation_loss(outputs, labels: jax.Array, *, aux_weight: float = 0.4):
+def segmentation_loss(
+    outputs: tuple[jax.Array, jax.Array], labels: jax.Array, *, aux_weight: float = 0.4
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of UperNet's two heads and its parts.
 
     Args:
@@ -52,7 +59,7 @@ def segmentation_loss(outputs, labels: jax.Array, *, aux_weight: float = 0.4):
 # --- Predictions ------------------------------------------------------------------------------
 
 
-def _upsampling(length: int, inputs: int, outputs, rows: int) -> jax.Array:
+def _upsampling(length: int, inputs: int, outputs: jax.Array, rows: int) -> jax.Array:
     """(B, rows, length) matrices from logits to the labels of each picture, along one axis.
 
     In two steps, to the `inputs` pixels that the network saw and from there to the `outputs`
@@ -63,7 +70,12 @@ def _upsampling(length: int, inputs: int, outputs, rows: int) -> jax.Array:
     return jnp.einsum("boi,il->bol", to_output, to_input, precision=jax.lax.Precision.HIGHEST)
 
 
-def _map_strips(function, views, sizes, shape):
+def _map_strips(
+    function: Callable[[jax.Array], jax.Array],
+    views: Sequence[View],
+    sizes: jax.Array,
+    shape: tuple[int, int],
+) -> jax.Array:
     """Applies `function` to (B, rows, W, K) probabilities, strip by strip: -> (B, H, W, ...)."""
     height, width = shape
     matrices, wide = [], []
@@ -75,8 +87,8 @@ def _map_strips(function, views, sizes, shape):
         # (strips, B, _STRIP, logits' height)
         matrices.append(rows.reshape(len(rows), -1, _STRIP, rows.shape[-1]).swapaxes(0, 1))
 
-    def strip(rows):
-        total = 0
+    def strip(rows: list[jax.Array]) -> jax.Array:
+        total: Any = 0
         for row, x in zip(rows, wide, strict=True):
             logits = jnp.einsum("boh,bhwk->bowk", row, x, precision=jax.lax.Precision.HIGHEST)
             total += jax.nn.softmax(logits)
@@ -87,11 +99,11 @@ def _map_strips(function, views, sizes, shape):
     return whole.reshape(whole.shape[0], -1, *whole.shape[3:])[:, :height]
 
 
-def probabilities(views: Sequence, sizes: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def probabilities(views: Sequence[View], sizes: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Class probabilities at the pictures' original sizes, averaged over views.
 
     Args:
-      views: pairs of (B, h', w', K) logits and the (h, w) of the images they come from.
+      views: what to average, see `View`.
       sizes: (B, 2) integers, the original heights and widths.
       shape: (H, W) of the result; what lies beyond a picture's size means nothing.
 
@@ -101,12 +113,14 @@ def probabilities(views: Sequence, sizes: jax.Array, shape: tuple[int, int]) -> 
     return _map_strips(lambda x: x, views, sizes, shape)
 
 
-def predict_labels(views: Sequence, sizes: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def predict_labels(views: Sequence[View], sizes: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """The most probable class of each pixel, (B, H, W) int32; arguments as `probabilities`."""
     return _map_strips(lambda x: jnp.argmax(x, -1).astype(jnp.int32), views, sizes, shape)
 
 
-def model_views(model, images: Mapping[str, jax.Array], *, flip: bool = False) -> list:
+def model_views(
+    model: UperNet, images: Mapping[str, jax.Array], *, flip: bool = False
+) -> list[View]:
     """The decoder's logits for each scale of the images, and with `flip` for their mirrors too.
 
     Args:
@@ -119,7 +133,7 @@ def model_views(model, images: Mapping[str, jax.Array], *, flip: bool = False) -
     """
     views = []
     for x in images.values():
-        size = x.shape[1:3]
+        size = (x.shape[1], x.shape[2])
         if not flip:
             views.append((model(x)[0], size))
             continue
@@ -157,7 +171,7 @@ def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
     hits, labelled, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     union = labelled + predicted - hits
 
-    def ratio(a, b):
+    def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.divide(a, b, out=np.full(len(hits), np.nan), where=b > 0)
 
     return {

@@ -17,10 +17,11 @@ import tensorflow_datasets as tfds
 
 from tests.conftest import ROOT
 from tests.data.pictures import jpeg
-from vssd_jax.data import imagenet, prepare_imagenet
+from tests.data.test_prepare_imagenet import run_prepare
+from vssd_jax.data.classification_transforms import TrainTransform
+from vssd_jax.data.datasets import imagenet2012
 from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.image_folder import ImageFolder
-from vssd_jax.data.transforms import TrainTransform
 from vssd_jax.errors import UserError
 from vssd_jax.training.metrics import read_metrics
 
@@ -96,21 +97,6 @@ def write_folders(root):
                 (root / split / synset / name).write_bytes(data)
 
 
-def run_prepare(manual_dir, data_dir):
-    # A process of its own: TensorFlow and Triton in one process abort it.
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "vssd_jax.data.prepare_imagenet",
-            f"--manual-dir={manual_dir}",
-            f"--data-dir={data_dir}",
-        ],
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("imagenet")
@@ -132,9 +118,9 @@ def read(source, indices):
 def test_folders_and_archives_give_equal_batches(prepared, tmp_path):
     write_folders(tmp_path)
     for split, length in (("train", TRAIN), ("val", VAL)):
-        source = pickle.loads(pickle.dumps(imagenet.open_imagenet(prepared / "data", split)))
-        assert isinstance(source, imagenet.TfdsImageNet)
-        folders = imagenet.open_imagenet(tmp_path, split)
+        source = pickle.loads(pickle.dumps(imagenet2012.open_imagenet(prepared / "data", split)))
+        assert isinstance(source, imagenet2012.TfdsImageNet)
+        folders = imagenet2012.open_imagenet(tmp_path, split)
         assert isinstance(folders, ImageFolder)
         assert len(source) == len(folders) == length
         # The builder shuffles: find each of its pictures among the folders by its bytes.
@@ -152,7 +138,7 @@ def test_folders_and_archives_give_equal_batches(prepared, tmp_path):
 
 @needs_tensorflow
 def test_preparing_twice_changes_nothing(prepared):
-    folder = imagenet.prepared_folder(prepared / "data")
+    folder = imagenet2012.prepared_folder(prepared / "data")
     before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
     result = run_prepare(prepared / "archives", prepared / "data")
     assert result.returncode == 0
@@ -267,44 +253,11 @@ def test_training_on_what_the_builder_makes(prepared):
     assert evaluation["val/unreadable"] == 0
 
 
-def test_missing_archives_are_named(tmp_path):
-    (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(b"")
-    result = run_prepare(tmp_path, tmp_path / "data")
-    assert result.returncode == 2
-    assert "Missing in" in result.stderr
-    assert "ILSVRC2012_img_train.tar" in result.stderr
-    assert "ILSVRC2012_img_val.tar" not in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not (tmp_path / "data").exists()
-
-
-def archives_in_name_only(folder):
-    for name in prepare_imagenet.ARCHIVES:
-        (folder / name).write_bytes(b"")
-
-
-def test_missing_tensorflow_is_named(tmp_path, monkeypatch):
-    archives_in_name_only(tmp_path)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"tensorflow.*pip install 'vssd_jax\[imagenet\]'"):
-        prepare_imagenet.prepare(tmp_path, tmp_path / "data")
-
-
-def test_a_full_disk_is_noticed_before(tmp_path, monkeypatch):
-    archives_in_name_only(tmp_path)
-    (tmp_path / prepare_imagenet.ARCHIVES[0]).write_bytes(b"x" * 100)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    usage = prepare_imagenet.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(prepare_imagenet.shutil, "disk_usage", lambda path: usage._replace(free=50))
-    with pytest.raises(UserError, match="GB free"):
-        prepare_imagenet.prepare(tmp_path, tmp_path / "data")
-
-
 def test_incomplete_and_foreign_datasets_are_refused(tmp_path):
     (tmp_path / "imagenet2012" / "incomplete.ABC_5.1.0").mkdir(parents=True)
-    assert imagenet.prepared_folder(tmp_path) is None
+    assert imagenet2012.prepared_folder(tmp_path) is None
     with pytest.raises(UserError, match="No prepared imagenet2012"):
-        imagenet.TfdsImageNet(tmp_path, "train")
+        imagenet2012.TfdsImageNet(tmp_path, "train")
     for version in ("5.1.0", "5.0.0"):
         folder = tmp_path / "imagenet2012" / version
         folder.mkdir()
@@ -319,6 +272,6 @@ def test_incomplete_and_foreign_datasets_are_refused(tmp_path):
         )
         description = {"name": "imagenet2012", "version": version, "fileFormat": "tfrecord"}
         (folder / "dataset_info.json").write_text(json.dumps(description))
-    assert imagenet.prepared_folder(tmp_path).name == "5.1.0"
+    assert imagenet2012.prepared_folder(tmp_path).name == "5.1.0"
     with pytest.raises(UserError, match="holds tfrecord files"):
-        imagenet.TfdsImageNet(tmp_path, "train")
+        imagenet2012.TfdsImageNet(tmp_path, "train")

@@ -1,14 +1,17 @@
 """ImageNet-1K, from array_record files of TensorFlow Datasets or from plain folders.
 
-A source is random-access: `len(source)`, and `source[i]` a dict with `image` (encoded bytes) and
-`label` (from 0 to 999, in the order of the synsets' names, the same in both layouts).
+Labels number the synsets in the order of their names, the same in both layouts.
 """
 
+import os
 import pathlib
+from typing import Any
 
+import ml_collections
 import tensorflow_datasets as tfds
 
 from vssd_jax.data.image_folder import ImageFolder
+from vssd_jax.data.registry import Dataset
 from vssd_jax.errors import UserError
 
 SPLITS = {"train": "train", "val": "validation"}  # ours -> TensorFlow Datasets'
@@ -25,7 +28,7 @@ class TfdsImageNet:
       UserError: no such dataset, or not as array_record files.
     """
 
-    def __init__(self, data_dir, split: str):
+    def __init__(self, data_dir: str | os.PathLike, split: str):
         folder = prepared_folder(data_dir)
         if folder is None:
             raise UserError(
@@ -45,7 +48,7 @@ class TfdsImageNet:
                 f"{folder} has no split {name!r}, only {', '.join(builder.info.splits) or 'none'}. "
                 "Prepare the dataset again with all archives in place."
             )
-        self.num_classes = builder.info.features["label"].num_classes
+        self.class_names = builder.info.features["label"].names
         self._source = builder.as_data_source(
             split=name, decoders={"image": tfds.decode.SkipDecoding()}
         )
@@ -53,19 +56,19 @@ class TfdsImageNet:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index) -> dict:
+    def __getitem__(self, index: Any) -> dict[str, Any]:
         record = self._source[int(index)]
         return {"image": record["image"], "label": record["label"]}
 
 
-def prepared_folder(data_dir) -> pathlib.Path | None:
+def prepared_folder(data_dir: str | os.PathLike) -> pathlib.Path | None:
     """The newest complete `imagenet2012/<version>` in `data_dir`, or None."""
     found = pathlib.Path(data_dir).glob("imagenet2012/[0-9]*.[0-9]*.[0-9]*/dataset_info.json")
     folders = [file.parent for file in found]
     return max(folders, key=lambda f: tuple(map(int, f.name.split("."))), default=None)
 
 
-def open_imagenet(data_dir, split: str):
+def open_imagenet(data_dir: str | os.PathLike, split: str) -> TfdsImageNet | ImageFolder:
     """Opens the split "train" or "val" in whichever layout `data_dir` has.
 
     Raises:
@@ -81,3 +84,11 @@ def open_imagenet(data_dir, split: str):
         "vssd_jax.data.prepare_imagenet`) or folders like train/n01440764/*.JPEG and "
         "val/n01440764/*.JPEG."
     )
+
+
+def open_split(config: ml_collections.ConfigDict, split: str) -> TfdsImageNet | ImageFolder:
+    """The split "train" or "val" in `config.data_dir`."""
+    return open_imagenet(config.data_dir, split)
+
+
+DATASET = Dataset("imagenet2012", "classification", open_split)

@@ -1,17 +1,7 @@
-"""The last of the image transforms, on the device: normalisation and random erasing's noise."""
+"""Random erasing's noise (arXiv 1708.04896), on the device; the host draws the rectangles."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from vssd_jax.data.constants import IMAGENET_MEAN, IMAGENET_STD
-
-
-def normalize(images: jax.Array) -> jax.Array:
-    """(..., 3) grey levels from 0 to 255 of any dtype to ImageNet-normalised float32."""
-    scale = 1 / (255 * np.array(IMAGENET_STD))
-    shift = -np.array(IMAGENET_MEAN) / np.array(IMAGENET_STD)
-    return images.astype(jnp.float32) * jnp.float32(scale) + jnp.float32(shift)
 
 
 def erase(key: jax.Array, images: jax.Array, boxes: jax.Array) -> jax.Array:

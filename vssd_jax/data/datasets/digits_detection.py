@@ -5,14 +5,18 @@ import os
 import pathlib
 import shutil
 import tempfile
+from typing import Any
 
+import ml_collections
 import numpy as np
 from PIL import Image
 
-from vssd_jax.data.coco import CocoSource
+from vssd_jax.data.datasets.coco import CocoSource
+from vssd_jax.data.registry import Dataset
 from vssd_jax.data.scenes import NUM_CLASSES, make_scene
 from vssd_jax.errors import UserError
 
+CLASSES = tuple(map(str, range(NUM_CLASSES)))
 SIZE = (128, 160)
 MAX_OBJECTS = 6
 _VERSION = 1  # of what `prepare` makes; a new number makes old folders be made again
@@ -63,18 +67,23 @@ def prepare(
     return folder
 
 
-def load(data_dir: str | os.PathLike, split: str, **options) -> CocoSource:
-    """The scenes of "train" or "test", prepared at the first call (`options` of `prepare`)."""
-    folder = prepare(data_dir, **options)
-    annotations = folder / "annotations" / f"instances_{split}.json"
-    return CocoSource(folder / split, annotations, training=split == "train")
+def open_split(config: ml_collections.ConfigDict, split: str) -> CocoSource:
+    """The scenes of "train" or "val" in `config.data_dir`, prepared at the first call."""
+    folder, name = prepare(config.data_dir), {"train": "train", "val": "test"}[split]
+    return CocoSource(
+        folder / name,
+        folder / "annotations" / f"instances_{name}.json",
+        training=split == "train",
+        bad_annotations=config.bad_annotations,
+    )
 
 
-def _write_scenes(folder, split, count, seed) -> dict:
+def _write_scenes(folder: pathlib.Path, split: str, count: int, seed: int) -> dict[str, Any]:
     """Writes the pictures and returns their JSON."""
     from pycocotools import mask as coco_mask
 
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for number in range(count):
         rng = np.random.default_rng([seed, _SPLITS.index(split), number])
         image, instances = make_scene(rng, size=SIZE, num_digits=(1, MAX_OBJECTS), split=split)
@@ -95,5 +104,8 @@ def _write_scenes(folder, split, count, seed) -> dict:
                     "segmentation": {"size": list(SIZE), "counts": code["counts"].decode()},
                 }
             )
-    categories = [{"id": digit + 1, "name": str(digit)} for digit in range(NUM_CLASSES)]
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+DATASET = Dataset("digits_detection", "detection", open_split, class_names=CLASSES)

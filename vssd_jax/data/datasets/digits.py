@@ -3,14 +3,19 @@
 import dataclasses
 import io
 import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import cv2
+import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
+from vssd_jax.data.registry import Dataset
 from vssd_jax.errors import UserError
 
-NUM_CLASSES = 10
+CLASSES = tuple(map(str, range(10)))
 TEST_SIZE = 360
 
 
@@ -20,19 +25,19 @@ class DigitsBuilder(tfds.core.GeneratorBasedBuilder):
     name = "digits"
     VERSION = tfds.core.Version("1.0.0")
 
-    def _info(self):
+    def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
             description=__doc__,
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(num_classes=NUM_CLASSES),
+                    "label": tfds.features.ClassLabel(num_classes=len(CLASSES)),
                 }
             ),
         )
 
-    def _split_generators(self, dl_manager):
-        from sklearn.datasets import load_digits
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
+        from sklearn.datasets import load_digits  # slow to import
 
         images, labels = load_digits(return_X_y=True)
         images = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
@@ -41,9 +46,9 @@ class DigitsBuilder(tfds.core.GeneratorBasedBuilder):
             "test": self._generate_examples(images[-TEST_SIZE:], labels[-TEST_SIZE:]),
         }
 
-    def _generate_examples(self, images, labels):
-        from PIL import Image
-
+    def _generate_examples(
+        self, images: np.ndarray, labels: np.ndarray
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
             # Encoded here: TFDS would need TensorFlow to encode an array.
             png = io.BytesIO()
@@ -55,14 +60,14 @@ class Digits:
     """A random-access source of `{"image": PNG bytes, "label": int}`; prepared when first used.
 
     Args:
-      data_dir: where the dataset is, or is to be.
+      data_dir: where the dataset is, or will be.
       split: "train" or "val".
 
     Raises:
       UserError: a folder that cannot be written.
     """
 
-    num_classes = NUM_CLASSES
+    class_names = CLASSES
 
     def __init__(self, data_dir: str, split: str):
         folder = pathlib.Path(data_dir).absolute()
@@ -86,11 +91,17 @@ class Digits:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index) -> dict:
+    def __getitem__(self, index: Any) -> dict[str, Any]:
         return self._source[int(index)]
 
 
-def _warp(image: np.ndarray, size: int, angle=0.0, scale=1.0, shift=(0.0, 0.0)) -> np.ndarray:
+def _warp(
+    image: np.ndarray,
+    size: int,
+    angle: float = 0.0,
+    scale: float = 1.0,
+    shift: Sequence[float] | np.ndarray = (0.0, 0.0),
+) -> np.ndarray:
     """The digit turned by degrees, scaled and shifted in pixels of the output."""
     old, new = (image.shape[0] - 1) / 2, (size - 1) / 2
     matrix = cv2.getRotationMatrix2D((old, old), angle, scale * size / image.shape[0])
@@ -123,3 +134,18 @@ class EvalTransform:
 
     def __call__(self, element: dict) -> dict:
         return {**element, "image": _warp(element["image"], self.size)}
+
+
+def open_split(config: ml_collections.ConfigDict, split: str) -> Digits:
+    """The digits of "train" or "val" in `config.data_dir`, prepared at the first call."""
+    return Digits(config.data_dir, split)
+
+
+def transforms(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
+    """For training and for evaluation: small pictures, which are not to be mirrored."""
+    return TrainTransform(config.image_size), EvalTransform(config.image_size)
+
+
+DATASET = Dataset(
+    "digits", "classification", open_split, class_names=CLASSES, transforms=transforms
+)

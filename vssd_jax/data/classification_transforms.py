@@ -2,7 +2,7 @@
 
 On the host, pictures stay uint8: a quarter of the bytes to pass between processes and to copy to a
 device. Normalisation and the noise of random erasing follow on the device, see
-`vssd_jax.tasks.device_transforms`; the host only draws the erased rectangle.
+`vssd_jax.tasks.classification`; the host only draws the erased rectangle.
 
 Every transform depends on its arguments and the generator alone.
 """
@@ -152,7 +152,7 @@ class TrainTransform:
         image = example["image"]
         size = self.image_size
         top, left, height, width = sample_crop(
-            *image.shape[:2], rng, area=self.crop_area, aspect=self.crop_aspect
+            image.shape[0], image.shape[1], rng, area=self.crop_area, aspect=self.crop_aspect
         )
         image = resize(image[top : top + height, left : left + width], size, size)
         if rng.random() < self.flip_probability:

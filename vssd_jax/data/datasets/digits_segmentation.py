@@ -7,10 +7,13 @@ import os
 import pathlib
 import shutil
 
+import ml_collections
 import numpy as np
 from PIL import Image
 
 from vssd_jax.data import scenes
+from vssd_jax.data.datasets.ade20k import ADE20K, SPLITS
+from vssd_jax.data.registry import Dataset
 from vssd_jax.errors import UserError
 
 CLASSES = ("background", *map(str, range(scenes.NUM_CLASSES)))
@@ -74,3 +77,11 @@ def prepare(data_dir: str | os.PathLike) -> pathlib.Path:
             if not folder.exists():  # or else another process was first
                 raise
     return folder
+
+
+def open_split(config: ml_collections.ConfigDict, split: str) -> ADE20K:
+    """The scenes of "train" or "val" in `config.data_dir`, written at the first call."""
+    return ADE20K(prepare(config.data_dir), SPLITS[split], class_names=CLASSES)
+
+
+DATASET = Dataset("digits_segmentation", "segmentation", open_split, class_names=CLASSES)

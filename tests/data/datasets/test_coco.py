@@ -1,0 +1,103 @@
+"""COCO's instances: elements, and bad annotations and files."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from tests.data.coco_files import SIZE, annotation, rectangle, rle, write
+from vssd_jax import UserError
+from vssd_jax.data.coco_masks import rasterise
+from vssd_jax.data.datasets.coco import CocoSource
+from vssd_jax.data.detection_transforms import eval_transform
+
+GOOD = [
+    annotation(1),
+    annotation(2, category=90, segmentation=rle(rectangle(8, 10, 24, 30))),
+    annotation(3, category=7, segmentation=rle(rectangle(8, 10, 24, 30), compressed=False)),
+    annotation(4, iscrowd=1, segmentation=rle(rectangle(0, 0, 20, 20))),
+    annotation(5, image=3, box=(-4, 40, 20, 20)),  # reaches outside
+]
+
+
+def test_elements_of_every_kind_of_mask(tmp_path):
+    source = CocoSource(*write(tmp_path, GOOD))
+    assert not source.problems
+    assert len(source) == 3
+    assert source.class_names == ["person", "train", "brush"]
+    np.testing.assert_array_equal(source.category_ids, [1, 7, 90])
+    element = source[0]
+    assert element["image_id"] == 1
+    np.testing.assert_array_equal(element["labels"], [0, 2, 1])  # no crowd
+    np.testing.assert_array_equal(element["boxes"], [[10, 8, 30, 24]] * 3)
+    for segmentation in element["segmentations"]:
+        mask = rasterise(segmentation, SIZE)
+        np.testing.assert_array_equal(mask, rectangle(8, 10, 24, 30))
+    assert source[1]["boxes"].shape == (0, 4)
+    again = pickle.loads(pickle.dumps(source))  # workers get it so
+    np.testing.assert_array_equal(again[2]["boxes"], source[2]["boxes"])
+
+
+def test_training_leaves_out_images_without_objects(tmp_path):
+    source = CocoSource(*write(tmp_path, GOOD), training=True)
+    assert source.image_ids == [1, 3]
+
+
+BAD = {
+    "outside": annotation(50, box=(70, 8, 20, 16)),
+    "zero area": annotation(50, box=(10, 8, 0, 16)),
+    "area 0": annotation(50, area=0),
+    "unknown category 99": annotation(50, category=99),
+    "not four numbers": annotation(50) | {"bbox": [1, 2, 3]},
+    "not four numbers: [1, 2, nan, 4]": annotation(50) | {"bbox": [1, 2, float("nan"), 4]},
+    "no mask": annotation(50, segmentation=[]),
+    "polygon": annotation(50, segmentation=[[1, 2, 3, 4]]),
+    "its runs": annotation(50, segmentation={"size": list(SIZE), "counts": [10, 20]}),
+    "broken RLE": annotation(50, segmentation={"size": list(SIZE), "counts": "2^o`"}),
+    "its size": annotation(50, segmentation=rle(np.ones((5, 5)))),
+}
+
+
+@pytest.mark.parametrize("problem", BAD)
+def test_bad_annotations_are_named_and_left_out_or_refused(tmp_path, problem):
+    paths = write(tmp_path, [*GOOD, BAD[problem]])
+    source = CocoSource(*paths)
+    assert len(source.problems) == 1
+    assert source.problems[0].startswith("image 1, annotation 50: ")
+    assert problem in source.problems[0]
+    assert "annotation 50" in source.describe_problems()
+    assert len(source[0]["labels"]) == 3
+    with pytest.raises(UserError, match="image 1, annotation 50: "):
+        CocoSource(*paths, bad_annotations="refuse")
+
+
+def test_missing_files_and_images_are_named(tmp_path):
+    paths = write(tmp_path, [*GOOD, annotation(50, image=77)], files=(1, 2))
+    source = CocoSource(*paths)
+    assert source.image_ids == [1, 2]
+    assert source.problems == [
+        "image 3: the file 3.png is missing",
+        "image 77, annotation 50: the image is not in the list of images",
+    ]
+    with pytest.raises(UserError, match=r"3\.png is missing"):
+        CocoSource(*paths, bad_annotations="refuse")
+
+
+def test_broken_files(tmp_path):
+    images, path = write(tmp_path, GOOD)
+    for text, message in (
+        ("{", "is no JSON"),
+        ("[]", "has no list 'images'"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "lacks file_name"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            CocoSource(images, path)
+    with pytest.raises(UserError, match="cannot read"):
+        CocoSource(images, tmp_path / "missing.json")
+    _, path = write(tmp_path, GOOD)
+    with pytest.raises(UserError, match="is no folder"):
+        CocoSource(tmp_path / "missing", path)
+    (images / "1.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="image 1 cannot be decoded"):
+        eval_transform(CocoSource(images, path)[0])

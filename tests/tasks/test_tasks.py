@@ -1,0 +1,44 @@
+"""Tasks by name, those of the package and others."""
+
+import pytest
+
+from vssd_jax import tasks
+from vssd_jax.config import classification_config
+from vssd_jax.data import registry
+from vssd_jax.errors import UserError
+from vssd_jax.tasks.base import BaseTask
+
+
+class Sorting(BaseTask):
+    name = "sorting"
+    best_metric = "val/sorted"
+
+
+def test_a_task_from_elsewhere():
+    tasks.register("sorting", Sorting)
+    registry.register(
+        registry.Dataset("cards", "sorting", lambda config, split: [], class_names=("a", "b"))
+    )
+    config = classification_config()
+    config.update(task="sorting", dataset="cards")
+    task = tasks.make_task(config)
+    assert isinstance(task, Sorting)
+    assert (task.num_classes, task.train_size) == (2, 0)
+    with pytest.raises(UserError, match="vssd_jax has a task 'detection'; choose another name"):
+        tasks.register("detection", Sorting)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("classifikation", {}, "unknown task 'classifikation'; did you mean 'classification'"),
+        ("classification", {"tta": True}, "--tta is not for classification"),
+        ("detection", {"tta": True}, "--tta is not for detection"),
+        ("classification", {"save_predictions": "x"}, "--save-predictions is not for classific"),
+    ],
+)
+def test_wrong_names_and_options(task, options, message):
+    config = classification_config()
+    config.task = task
+    with pytest.raises(UserError, match=message):
+        tasks.make_task(config, **options)

@@ -1,0 +1,170 @@
+"""Resizing, cropping, mirroring, colours and padding of pictures with label maps.
+
+Semantics are mmsegmentation's. Labels of 255 are ignored.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+
+from vssd_jax.data.normalization import normalize
+from vssd_jax.data.sizes import fitted_size
+
+IGNORE = 255
+# Label maps are padded to multiples of it for evaluation.
+LABEL_MULTIPLE = 128
+
+
+def _resize(
+    array: np.ndarray, size: tuple[int, int], interpolation: int = cv2.INTER_LINEAR
+) -> np.ndarray:
+    # No antialiasing: the recipe's own resizing has none.
+    return cv2.resize(array, size[::-1], interpolation=interpolation)
+
+
+def random_crop_window(
+    label: np.ndarray, size: tuple[int, int], max_ratio: float, rng: np.random.Generator
+) -> tuple[slice, slice]:
+    """Two slices of at most `size`, in which no class has more than `max_ratio` of the labels.
+
+    The last of ten tries is taken as it comes.
+    """
+    for _ in range(10):
+        top, left = (
+            rng.integers(max(length - crop, 0) + 1)
+            for length, crop in zip(label.shape, size, strict=True)
+        )
+        window = (slice(top, top + size[0]), slice(left, left + size[1]))
+        counts = np.bincount(label[window].ravel(), minlength=IGNORE + 1)[:IGNORE]
+        if np.count_nonzero(counts) > 1 and counts.max() < max_ratio * counts.sum():
+            break
+    return window
+
+
+def _clip(image: np.ndarray) -> np.ndarray:
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Random brightness, contrast, saturation and hue, each with probability one half.
+
+    Brightness moves by up to 32, hue by up to 18 of 180 steps; contrast and saturation scale
+    by 0.5 to 1.5. Contrast comes before or after the colours, with equal probability.
+    """
+
+    def contrast(image: np.ndarray) -> np.ndarray:
+        return _clip(image * np.float32(rng.uniform(0.5, 1.5))) if rng.integers(2) else image
+
+    if rng.integers(2):
+        image = _clip(image + np.float32(rng.uniform(-32, 32)))
+    contrast_first = rng.integers(2)
+    if contrast_first:
+        image = contrast(image)
+    saturate, turn = rng.integers(2, size=2)
+    if saturate or turn:
+        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+        if saturate:
+            hsv[..., 1] = _clip(hsv[..., 1] * np.float32(rng.uniform(0.5, 1.5)))
+        if turn:
+            hsv[..., 0] = (hsv[..., 0].astype(np.int32) + rng.integers(-18, 18)) % 180
+        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    return image if contrast_first else contrast(image)
+
+
+def train_transform(
+    element: dict,
+    rng: np.random.Generator,
+    *,
+    crop: int = 512,
+    short: int = 512,
+    long: int = 2048,
+    scales: tuple[float, float] = (0.5, 2.0),
+    max_ratio: float = 0.75,
+    flip: float = 0.5,
+) -> dict[str, Any]:
+    """The recipe: random resize, crop, flip and colours; normalised and padded.
+
+    Args:
+      element: of a `SegmentationSource`.
+      rng: the source of everything random.
+      crop: side of the result.
+      short, long: the image fits into them, times a factor drawn from `scales`.
+      max_ratio: greatest share of a class in a crop.
+      flip: probability of a horizontal flip.
+
+    Returns:
+      `image` (crop, crop, 3) float32, 0 where padded; `label` (crop, crop) uint8, 255 where
+      ignored or padded.
+    """
+    image, label = element["image"], element["label"]
+    factor = rng.uniform(*scales)
+    size = fitted_size(label.shape, int(short * factor), int(long * factor))
+    label = _resize(label, size, cv2.INTER_NEAREST)
+    # Only the crop is worth the work of the rest.
+    window = random_crop_window(label, (crop, crop), max_ratio, rng)
+    image, label = _resize(image, size)[window], label[window]
+    if rng.random() < flip:
+        image, label = image[:, ::-1], label[:, ::-1]
+    image = normalize(photometric_distortion(np.ascontiguousarray(image), rng))
+    below, right = crop - label.shape[0], crop - label.shape[1]
+    return {
+        "image": np.pad(image, ((0, below), (0, right), (0, 0))),
+        "label": np.pad(label, ((0, below), (0, right)), constant_values=IGNORE),
+    }
+
+
+def eval_shapes(
+    size: tuple[int, int],
+    short: int = 512,
+    long: int = 2048,
+    ratios: Sequence[float] = (1.0,),
+    multiple: int = 1,
+    label_multiple: int = LABEL_MULTIPLE,
+) -> tuple[tuple[int, int], ...]:
+    """(H, W) of each image that `eval_transform` makes of a picture, and last of its label map.
+
+    Pictures for which they are equal can be batched. Arguments as of `eval_transform`.
+    """
+    images = (fitted_size(size, int(short * r), int(long * r), multiple=multiple) for r in ratios)
+    height, width = (-(-side // label_multiple) * label_multiple for side in size)
+    return (*images, (height, width))
+
+
+def eval_transform(
+    element: dict,
+    *,
+    short: int = 512,
+    long: int = 2048,
+    ratios: Sequence[float] = (1.0,),
+    multiple: int = 1,
+    label_multiple: int = LABEL_MULTIPLE,
+) -> dict[str, Any]:
+    """The whole image once for each of `ratios`, and its labels at their original size.
+
+    An image is never padded: the padding would take part in pyramid pooling, attention and the
+    NC-SSD state, which see every token, and change the prediction. To bound the number of
+    compiled shapes, `multiple` rounds the sides of the resized image instead. Label maps are
+    padded with ignored pixels, which changes nothing.
+
+    Args:
+      element: of a `SegmentationSource`.
+      short, long: the image fits into them, times each of `ratios`.
+      multiple: the resized sides are multiples of it. 1 is the paper's protocol; 32 changes the
+        aspect ratio by at most 16/`short` for each side and leaves `long`/32 shapes a ratio.
+      label_multiple: the same for the sides of the padded labels.
+
+    Returns:
+      `images`: a dict `{"0": (h, w, 3) float32, "1": ...}` in the order of `ratios`; `label`
+      (H, W) uint8; `size` (2,) int32, the label's height and width before padding; `index`, int32.
+    """
+    image, label = element["image"], element["label"]
+    *sizes, padded = eval_shapes(label.shape, short, long, ratios, multiple, label_multiple)
+    below, right = padded[0] - label.shape[0], padded[1] - label.shape[1]
+    return {
+        "images": {str(index): normalize(_resize(image, size)) for index, size in enumerate(sizes)},
+        "label": np.pad(label, ((0, below), (0, right)), constant_values=IGNORE),
+        "size": np.array(label.shape, np.int32),
+        "index": np.int32(element["index"]),
+    }

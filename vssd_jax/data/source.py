@@ -1,0 +1,84 @@
+"""What a dataset's reader offers to the tasks: protocols that it fits without naming them."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Source(Protocol):
+    """Samples by their number, from 0 to `len(source) - 1`.
+
+    Worker processes get it by pickling, so that large lists are better kept as arrays. `index` may
+    be a NumPy integer.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any) -> dict[str, Any]: ...
+
+
+class LabelledSource(Source, Protocol):
+    """A split of a dataset; this is all that classification needs.
+
+    There a sample is a dict with `image`, the bytes of a file of any format that `decode` reads,
+    and `label`, an integer.
+
+    Attributes:
+      class_names: of the labels 0, 1, ...
+    """
+
+    @property
+    def class_names(self) -> Sequence[str]: ...
+
+
+class DetectionSource(LabelledSource, Protocol):
+    """A split for detection.
+
+    A sample is a dict with `image` (encoded bytes), `index` (its number), `image_id`, `size`
+    (height, width), `boxes` (N, 4) float32 x1 y1 x2 y2 in pixels, `labels` (N,) int32, and
+    `segmentations`, one for each object, which `coco_masks.rasterise` reads.
+
+    Attributes:
+      category_ids: (classes,) the id of each label in the ground truth.
+      image_ids: of the samples.
+      sizes: (samples, 2) heights and widths.
+    """
+
+    @property
+    def category_ids(self) -> np.ndarray: ...
+
+    @property
+    def image_ids(self) -> Sequence[int | str]: ...
+
+    @property
+    def sizes(self) -> np.ndarray: ...
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The images, annotations and categories in COCO's instances format, for pycocotools.
+
+        Ids of annotations start at 1: pycocotools takes an annotation 0 for "no match".
+        """
+        ...
+
+    def describe_problems(self) -> str:
+        """What was left out because it is wrong; empty if nothing was."""
+        ...
+
+
+class SegmentationSource(LabelledSource, Protocol):
+    """A split for semantic segmentation.
+
+    A sample is a dict with `image` (H, W, 3) uint8 RGB, `label` (H, W) uint8 with 255 where
+    ignored, and `index`, its number.
+
+    Attributes:
+      image_names: of the samples, for the files of predictions.
+    """
+
+    @property
+    def image_names(self) -> Sequence[str]: ...
+
+    def size(self, index: Any) -> tuple[int, int]:
+        """(H, W) of a sample, without decoding it."""
+        ...

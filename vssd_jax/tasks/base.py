@@ -1,0 +1,116 @@
+"""What the tasks share: the dataset, the model and the batches of a config."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from vssd_jax.data import pipeline, registry
+from vssd_jax.data.source import LabelledSource, Source
+from vssd_jax.models import family
+from vssd_jax.tasks.protocol import Batch
+
+SourceT = TypeVar("SourceT", bound=LabelledSource)
+
+
+class BaseTask(Generic[SourceT]):
+    """A task on a registered dataset; what remains of `Task` is left to the subclasses.
+
+    Args:
+      config: of the run.
+
+    Raises:
+      UserError: `config.dataset` is unknown or for another task.
+    """
+
+    name: str  # as in `config.task` and `Dataset.task`
+    best_metric: str
+    table: str | None = None
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self.config = config
+        self.dataset = registry.find(config.dataset, self.name)
+        self._sources: dict[str, SourceT] = {}
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width for which multiply-adds and throughput are given."""
+        height, width = self.config.image_shape
+        return height, width
+
+    @property
+    def num_classes(self) -> int:
+        """Of `config.num_classes`, or else of the dataset."""
+        if self.config.num_classes is not None:
+            return self.config.num_classes
+        return self.dataset_classes
+
+    @property
+    def dataset_classes(self) -> int:
+        """The number of classes that the labels come from."""
+        return len(self.class_names)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The names of the classes that the labels come from."""
+        if self.dataset.class_names is not None:
+            return self.dataset.class_names
+        return self.source("val").class_names
+
+    @property
+    def train_size(self) -> int:
+        """Number of training images."""
+        return len(self.source("train"))
+
+    def source(self, split: str) -> SourceT:
+        """The samples of "train" or "val"; opened once."""
+        if split not in self._sources:
+            self._sources[split] = self._open(split)
+        return self._sources[split]
+
+    def _open(self, split: str) -> SourceT:
+        return cast(SourceT, self.dataset.open(self.config, split))
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The fresh model, in training mode."""
+        config = self.config
+        return family.build(
+            config.model,
+            num_classes=self.num_classes,
+            dtype=jnp.dtype(config.dtype),
+            implementation=config.implementation,
+            remat=config.remat,
+            rngs=rngs,
+            **config.model_options,
+        )
+
+    def check(self, metrics: dict[str, float]) -> None:
+        """Raises a UserError if the averages of the last steps show broken data; by default no."""
+
+    def _train_batches(
+        self, source: Source, transform: Callable, start_step: int, *, shuffle: bool = True
+    ) -> Iterator[Batch]:
+        return pipeline.train_batches(
+            source,
+            transform,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            shuffle=shuffle,
+            **self._reading(),
+        )
+
+    def _eval_batches(self, source: Source, transform: Callable) -> Iterator[Batch]:
+        return pipeline.eval_batches(
+            source, transform, batch_size=self.config.eval_batch_size, **self._reading()
+        )
+
+    def _reading(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.config.num_workers,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
