@@ -17,12 +17,12 @@ from absl import flags
 
 from benchmarks.common import report
 from configs.digits import get_config
-from vssd_jax.host import compiler_options
 from vssd_jax.tasks import make_task
-from vssd_jax.training import optimizer as optim
 from vssd_jax.training.checkpoints import Checkpoints
-from vssd_jax.training.sharding import device_batches, make_mesh
-from vssd_jax.training.state import Functional, init_state, make_train_step
+from vssd_jax.training.clock import Clock
+from vssd_jax.training.plan import make_plan
+from vssd_jax.training.state import to_parts
+from vssd_jax.training.step import Trainer
 
 
 def resident_bytes() -> int:
@@ -44,27 +44,18 @@ def main():
         config = get_config()
         config.update(batch_size=options.batch, data_dir=f"{folder}/data")
         task = make_task(config)
-        functional = Functional(task.build)
-        steps_per_epoch = task.train_size // config.batch_size
-        optimizer = optim.make_optimizer(config, optim.make_schedule(config, steps_per_epoch))
-        key = jax.random.key(0)
-        state = init_state(functional, optimizer, key)
-        step = jax.jit(
-            make_train_step(functional, optimizer, task.loss, ema_decay=0.99),
-            donate_argnums=0,
-            compiler_options=compiler_options(),
-        )
-        mesh = make_mesh(config.mesh)
-        batches = device_batches(task.train_batches(0), mesh)
+        trainer, clock = Trainer(task, config, make_plan(config, task.train_size)), Clock()
+        state = trainer.fresh_state()
+        batches = trainer.device_batches(task.train_batches(0))
         seconds, memory = {True: [], False: []}, []
-        with jax.set_mesh(mesh), Checkpoints(folder, best_metric="") as checkpoints:
+        with Checkpoints(folder, best_metric="") as checkpoints:
             for block in range(-2, options.steps // options.every):  # two blocks to warm up
                 saving = block % 2 == 1
                 begin = time.perf_counter()
                 if saving or block == -2:
-                    checkpoints.save(state, {})
+                    checkpoints.save(int(state.step), to_parts(state), {})
                 for _ in range(options.every):
-                    state, metrics = step(state, next(batches), key)
+                    state, metrics = trainer.step(state, next(batches), clock)
                 jax.block_until_ready(metrics)
                 if block >= 0:
                     seconds[saving].append(time.perf_counter() - begin)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from tests.golden.inventories import load_inventory
 from tests.golden.synthetic import synthetic_images, synthetic_state_dict
+from vssd_jax.models import torch_names, vssd
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 from vssd_jax.weights import state
 
@@ -32,9 +33,9 @@ def ablation_config(name: str) -> VSSDConfig:
 
 
 def golden_weights(inventory: str, salt: int = 0) -> dict[str, np.ndarray]:
-    """The synthetic weights of an inventory, by the names used here."""
+    """The synthetic weights of an inventory, by the names of this project."""
     state_dict = synthetic_state_dict(load_inventory(inventory), salt)
-    params, _, unknown = names.from_torch(names.VSSD, state_dict)
+    params, _, unknown = torch_names.from_torch(vssd.TORCH_TABLE, state_dict)
     assert not unknown
     return params
 

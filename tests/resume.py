@@ -5,32 +5,31 @@ import signal
 
 import numpy as np
 
-from vssd_jax.training.checkpoints import read_ema, read_part
 from vssd_jax.training.loop import train
 from vssd_jax.training.metrics import read_metrics
+from vssd_jax.weights.checkpoint import read_ema, read_part
 
 
-def train_with_stops(monkeypatch, task, config, workdir, stops):
+def train_with_stops(make_task, config, workdir, stops):
     """Trains to the end, but stopped by SIGTERM when each of the batches `stops` is read.
 
-    `task` is the class whose batches these are. Returns the result of the last part.
+    `make_task` is the class of the task. Returns the result of the last part.
     """
-    real, left, reached = task.train_batches, sorted(stops), [0]
+    left, reached = sorted(stops), [0]
 
-    def stopping(self, start_step):
-        for index, batch in enumerate(real(self, start_step), start_step):
-            if left and index == left[0]:
-                os.kill(os.getpid(), signal.SIGTERM)
-                del left[0]
-            yield batch
+    class Stopping(make_task):
+        def train_batches(self, start_step):
+            for index, batch in enumerate(super().train_batches(start_step), start_step):
+                if left and index == left[0]:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    del left[0]
+                yield batch
 
-    with monkeypatch.context() as patch:
-        patch.setattr(task, "train_batches", stopping)
-        for _ in stops:
-            train(config, workdir)
-            reached.append(read_ema(workdir)[1])
-        assert not left
-        results = train(config, workdir)
+    for _ in stops:
+        train(Stopping(config), config, workdir)
+        reached.append(read_ema(workdir)[1])
+    assert not left
+    results = train(Stopping(config), config, workdir)
     assert (np.diff([*reached, read_ema(workdir)[1]]) > 0).all()
     return results
 

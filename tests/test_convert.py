@@ -19,10 +19,12 @@ from tests.golden import synthetic
 from tests.golden.inventories import load_inventory
 from torch_reference import create_model as torch_model
 from vssd_jax.errors import UserError
-from vssd_jax.weights import names
+from vssd_jax.models import torch_names
+from vssd_jax.models.family import find
 from vssd_jax.weights.convert import convert
 from vssd_jax.weights.folder import read_arrays, read_folder
-from vssd_jax.weights.load import load, recognise, to_torch
+from vssd_jax.weights.load import load, to_torch
+from vssd_jax.weights.recognise import recognise
 from vssd_jax.weights.state import get_state
 from vssd_jax.weights.torch_file import read_torch_file, select_state_dict, write_torch_file
 
@@ -83,7 +85,7 @@ def test_detectors_and_segmentors_convert(model, tmp_path):
         write_torch_file(source, tensors)
     name, output = f"{family}_vssd_{variant}", tmp_path / "weights"
     convert(source, output, model=name)
-    params, _, unknown = names.from_torch(names.TABLES[f"{family}_vssd_"], tensors)
+    params, _, unknown = torch_names.from_torch(find(name)[0].torch_table, tensors)
     assert not unknown
     filled = get_state(vssd_jax.create_model(name, weights=output))
     assert filled.keys() == params.keys()

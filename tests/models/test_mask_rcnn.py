@@ -12,11 +12,11 @@ from flax import nnx
 
 from tests.golden.inventories import load_inventory
 from tests.golden.synthetic import synthetic_images, synthetic_state_dict
+from vssd_jax.models import mask_rcnn, torch_names
 from vssd_jax.models.detection.assigner import assign
 from vssd_jax.models.detection.masks import paste_masks
 from vssd_jax.models.detection.roi_align import pyramid_roi_align
-from vssd_jax.models.mask_rcnn import STRIDES, MaskRCNN, MaskRCNNConfig, Proposals
-from vssd_jax.weights import names
+from vssd_jax.models.mask_rcnn import MaskRCNN, MaskRCNNConfig, Proposals
 from vssd_jax.weights.state import set_state
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -31,8 +31,8 @@ def golden():
 
 @functools.cache
 def make_model(config):
-    inventory = load_inventory("mask_rcnn_nano")
-    params, *_, unknown = names.from_torch(names.MASK_RCNN, synthetic_state_dict(inventory))
+    tensors = synthetic_state_dict(load_inventory("mask_rcnn_nano"))
+    params, *_, unknown = torch_names.from_torch(mask_rcnn.FAMILY.torch_table, tensors)
     assert not unknown
     model = MaskRCNN(config, rngs=nnx.Rngs(0))
     set_state(model, params)
@@ -94,7 +94,7 @@ def test_region_features_and_heads(model, maps, golden):
     image, boxes = rois[:, 0].astype(int), jnp.tile(rois[None, :, 1:], (2, 1, 1))
 
     def features(bins):
-        result = pyramid_roi_align(maps[:4], STRIDES[:4], boxes, bins)
+        result = pyramid_roi_align(maps[:4], (4, 8, 16, 32), boxes, bins)
         return result[image, np.arange(len(rois))]
 
     small, large = features(7), features(14)

@@ -11,8 +11,8 @@ from flax import nnx
 
 from tests.golden.inventories import load_inventory
 from tests.golden.synthetic import synthetic_images, synthetic_state_dict
-from vssd_jax.models import upernet
-from vssd_jax.weights import names
+from vssd_jax.models import torch_names, upernet
+from vssd_jax.models.layers import ChannelDropout
 from vssd_jax.weights.state import set_state
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -21,9 +21,9 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 def golden_model(variant, dtype=jnp.float32):
     """An UperNet with the golden case's synthetic weights, in evaluation mode."""
     config = getattr(upernet.UperNetConfig, variant)()
-    inventory = load_inventory(f"upernet_{variant}")
+    tensors = synthetic_state_dict(load_inventory(f"upernet_{variant}"))
     model = upernet.UperNet(config, dtype=dtype, rngs=nnx.Rngs(0))
-    params, _, unknown = names.from_torch(names.UPERNET, synthetic_state_dict(inventory))
+    params, _, unknown = torch_names.from_torch(upernet.FAMILY.torch_table, tensors)
     assert not unknown
     set_state(model, params)
     model.eval()
@@ -114,7 +114,7 @@ def test_logits_have_the_images_size():
 
 
 def test_dropout_drops_whole_channels_in_training_alone():
-    dropout = upernet.ChannelDropout(0.25)
+    dropout = ChannelDropout(0.25)
     x = jnp.ones((8, 3, 4, 64))
     y = np.asarray(dropout(x, nnx.Rngs(dropout=0)))
     assert set(np.unique(y)) == {0, np.float32(1 / 0.75)}

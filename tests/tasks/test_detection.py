@@ -12,7 +12,6 @@ from absl import flags
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from vssd_jax.training.evaluation import evaluate_weights
 
 from configs import digits_detection as digits_config
 from tests.conftest import ROOT
@@ -20,6 +19,7 @@ from tests.resume import assert_same_run, train_with_stops
 from tests.tasks.test_coco_metrics import perfect, whole_batch
 from vssd_jax.data.datasets import digits_detection
 from vssd_jax.errors import UserError
+from vssd_jax.inference.evaluation import evaluate_weights
 from vssd_jax.tasks import make_task
 from vssd_jax.tasks.coco_metrics import NUMBERS
 from vssd_jax.tasks.detection import Detection
@@ -86,7 +86,7 @@ def run(tmp_path_factory, data_dir):
     """A finished run: its config, workdir and result."""
     workdir = tmp_path_factory.mktemp("run") / "detection"
     config = small_config(data_dir)
-    return config, workdir, train(config, workdir)
+    return config, workdir, train(Detection(config), config, workdir)
 
 
 def losses(workdir):
@@ -131,11 +131,11 @@ def test_evaluation_of_the_workdir_gives_the_same_numbers(run, tmp_path, capsys)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stopped_run_resumes_bitwise(run, tmp_path, monkeypatch, num_workers):
+def test_a_stopped_run_resumes_bitwise(run, tmp_path, num_workers):
     config, workdir, results = run
     config = config.copy_and_resolve_references()
     config.num_workers = num_workers
-    assert train_with_stops(monkeypatch, Detection, config, tmp_path, (3, 4, 5)) == results
+    assert train_with_stops(Detection, config, tmp_path, (3, 4, 5)) == results
     assert_same_run(tmp_path, workdir)
 
 
@@ -255,10 +255,11 @@ import sys
 from absl import flags
 flags.FLAGS(["test"])
 from tests.tasks.test_detection import small_config
+from vssd_jax.tasks import make_task
 from vssd_jax.training.loop import train
 config = small_config(sys.argv[1])
 config.update(steps=4, dtype="float64", padded_shapes=((64, 96), (96, 64)))
-train(config, sys.argv[2])
+train(make_task(config), config, sys.argv[2])
 """
 
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
-from vssd_jax.training.evaluation import evaluate_weights
 
 from configs import upernet
 from tests.conftest import ROOT
 from tests.resume import assert_same_run, train_with_stops
 from vssd_jax import UserError, create_model
 from vssd_jax.data.datasets import ade20k
+from vssd_jax.inference.evaluation import evaluate_weights
+from vssd_jax.tasks import make_task
 from vssd_jax.tasks import segmentation_metrics as metrics
 from vssd_jax.tasks.segmentation import Segmentation
 from vssd_jax.training.loop import train
@@ -159,7 +160,7 @@ def test_eight_devices_evaluate_as_one(weights, evaluation, data_dir):
 def run(tmp_path_factory, data_dir):
     """A finished run: config, workdir, results."""
     config, workdir = small_config(data_dir), tmp_path_factory.mktemp("run") / "upernet"
-    return config, workdir, train(config, workdir)
+    return config, workdir, train(Segmentation(config), config, workdir)
 
 
 @pytest.mark.slow
@@ -180,11 +181,11 @@ def test_a_run_trains_and_evaluates(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stopped_run_resumes_bitwise(run, tmp_path, monkeypatch, num_workers):
+def test_a_stopped_run_resumes_bitwise(run, tmp_path, num_workers):
     config, workdir, results = run
     config = config.copy_and_resolve_references()
     config.num_workers = num_workers
-    assert train_with_stops(monkeypatch, Segmentation, config, tmp_path, (5, 10, 15)) == results
+    assert train_with_stops(Segmentation, config, tmp_path, (5, 10, 15)) == results
     assert_same_run(tmp_path, workdir)
 
 
@@ -215,8 +216,9 @@ def spoil(root, split, message):
 @pytest.mark.parametrize("message", BAD)
 def test_bad_labels_end_a_run(tmp_path, message):
     spoil(tmp_path / "ade", "training", message)
+    config = small_config(tmp_path / "ade")
     with pytest.raises(UserError, match=message):
-        train(small_config(tmp_path / "ade"), tmp_path / "run")
+        train(Segmentation(config), config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("message", BAD)
@@ -246,8 +248,9 @@ def test_bad_labels_are_one_line_of_the_command(tmp_path):
     ],
 )
 def test_impossible_configs_are_refused(data_dir, tmp_path, changes, message):
+    config = small_config(**{"data_dir": data_dir} | changes)
     with pytest.raises(UserError, match=message):
-        train(small_config(**{"data_dir": data_dir} | changes), tmp_path / "run")
+        train(make_task(config), config, tmp_path / "run")
 
 
 def test_weights_do_not_contradict_what_changes_training_alone(weights):

@@ -17,9 +17,10 @@ from orbax.checkpoint import v1 as ocp
 
 from tests.conftest import ROOT
 from vssd_jax.errors import UserError
-from vssd_jax.training import checkpoints
-from vssd_jax.training.checkpoints import Checkpoints, read_ema
-from vssd_jax.training.state import TrainState
+from vssd_jax.training.checkpoints import Checkpoints
+from vssd_jax.training.state import TrainState, from_parts, to_parts
+from vssd_jax.weights import checkpoint
+from vssd_jax.weights.checkpoint import read_ema
 
 
 def make_state(step):
@@ -38,7 +39,7 @@ def make_state(step):
 def save(workdir, steps):
     with Checkpoints(workdir, best_metric="score") as checkpoints:
         for step in steps:
-            checkpoints.save(make_state(step), {"score": -step})
+            checkpoints.save(step, to_parts(make_state(step)), {"score": -step})
 
 
 def restored_step(workdir):
@@ -46,11 +47,10 @@ def restored_step(workdir):
     with Checkpoints(workdir, best_metric="score") as checkpoints:
         if not checkpoints.latest_step:
             return 0
-        state = checkpoints.restore(
-            jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state(0)
-            )
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state(0)
         )
+        state = from_parts(checkpoints.restore(to_parts(abstract)), abstract)
     expected = make_state(checkpoints.latest_step)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     return int(state.step)
@@ -64,7 +64,7 @@ def test_a_checkpoint_from_before_arrays_were_packed(tmp_path, monkeypatch):
         return save_now(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_layout", lambda leaves: {})
+        patch.setattr(checkpoint, "layout_of", lambda arrays: {})
         patch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", without_metadata)
         save(tmp_path, [1, 2])
     assert restored_step(tmp_path) == 2
@@ -146,7 +146,7 @@ def killed_at_every_operation(folder):
     save(workdir, (1, 2, 3))
     with Checkpoints(workdir, best_metric="score") as checkpoints:
         faults.faults_watch(str(workdir).encode(), str(folder / "copies").encode())
-        checkpoints.save(make_state(4), {"score": -4})
+        checkpoints.save(4, to_parts(make_state(4)), {"score": -4})
     print(faults.faults_stop())
 
 
@@ -161,7 +161,7 @@ def failed_at_operation(folder):
                 with Checkpoints(workdir, best_metric="score") as checkpoints:
                     faults.faults_fail(str(workdir).encode(), number, code)
                     for step in (3, 4):
-                        checkpoints.save(make_state(step), {"score": -step})
+                        checkpoints.save(step, to_parts(make_state(step)), {"score": -step})
                 raise AssertionError("nothing failed")
             except UserError as error:
                 message = str(error)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from vssd_jax.training.checkpoints import read_part
 from vssd_jax.training.metrics import read_metrics
+from vssd_jax.weights.checkpoint import read_part
 
 CONFIG = """
 from tests.training.test_loop import small_config

@@ -21,14 +21,16 @@ from tests.golden_model import run as run_model
 from tests.resume import assert_same_run, train_with_stops
 from vssd_jax.config import classification_config, segmentation_config
 from vssd_jax.errors import UserError
-from vssd_jax.tasks import classification, make_task
+from vssd_jax.models.split import SplitModel
+from vssd_jax.tasks import make_task
 from vssd_jax.tasks.classification import Classification
-from vssd_jax.training import loop
-from vssd_jax.training.checkpoints import read_ema
-from vssd_jax.training.loop import pretrained, train
+from vssd_jax.training.loop import train
 from vssd_jax.training.metrics import read_metrics
-from vssd_jax.training.state import Functional, init_state
+from vssd_jax.training.state import init_state
+from vssd_jax.weights.checkpoint import read_ema
+from vssd_jax.weights.folder import Weights, write_folder
 from vssd_jax.weights.load import load
+from vssd_jax.weights.pretrained import pretrained_weights
 
 EPOCH = 1437 // 128  # steps
 
@@ -69,7 +71,7 @@ def run(tmp_path_factory, data_dir):
     jax.monitoring.register_event_duration_secs_listener(listen)
     workdir = tmp_path_factory.mktemp("run") / "digits"
     config = small_config(data_dir)
-    results = train(config, workdir)
+    results = train(make_task(config), config, workdir)
     jax.monitoring.unregister_event_duration_listener(listen)
     return config, workdir, results, compiled
 
@@ -118,7 +120,7 @@ def test_evaluation_of_the_workdir_gives_the_same_numbers(run, capsys):
 def test_a_finished_run_is_not_repeated(run, capsys):
     config, workdir, results, _ = run
     before = (workdir / "metrics.jsonl").read_bytes()
-    assert train(config, workdir) == results
+    assert train(make_task(config), config, workdir) == results
     assert (workdir / "metrics.jsonl").read_bytes() == before
     told = capsys.readouterr().out
     assert f"{results['val/top1']:.4f}" in told
@@ -128,12 +130,12 @@ def test_a_finished_run_is_not_repeated(run, capsys):
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_stopped_run_resumes_bitwise(run, tmp_path, monkeypatch, num_workers):
+def test_a_stopped_run_resumes_bitwise(run, tmp_path, num_workers):
     config, workdir, results, _ = run
     config = config.copy_and_resolve_references()
     config.num_workers = num_workers
     stops = 3, EPOCH + 4, 2 * EPOCH - 1
-    assert train_with_stops(monkeypatch, Classification, config, tmp_path, stops) == results
+    assert train_with_stops(Classification, config, tmp_path, stops) == results
     assert_same_run(tmp_path, workdir)
 
 
@@ -150,8 +152,17 @@ def test_a_workdir_in_use_is_refused(run):
     with other:
         other.stdout.readline()
         with pytest.raises(UserError, match="in use by process"):
-            train(config, workdir)
+            train(make_task(config), config, workdir)
         other.stdin.write("\n")
+
+
+def started(config):
+    """The state of a run that starts from `config.init_from`."""
+    model = SplitModel(make_task(config).build)
+    weights = pretrained_weights(
+        config.init_from, config.model, model.abstract, config.model_options.to_dict()
+    )
+    return init_state(model, optax.sgd(1.0), jax.random.key(1), weights)
 
 
 @pytest.mark.parametrize("num_classes", [10, 12])
@@ -159,10 +170,7 @@ def test_fine_tuning_starts_from_weights(run, num_classes):
     config, workdir, _, _ = run
     config = config.copy_and_resolve_references()
     config.update(init_from=str(workdir), num_classes=num_classes, image_size=48)
-    task = Classification(config)
-    functional = Functional(task.build)
-    weights = pretrained(config, functional.abstract)
-    state = init_state(functional, optax.sgd(1.0), jax.random.key(1), weights)
+    state = started(config)
     expected, _ = read_ema(workdir)
     for name, value in {**state.params, **state.batch_stats}.items():
         if name.startswith("head.") and num_classes != 10:
@@ -182,9 +190,7 @@ def test_a_classifier_starts_a_backbone(run, kind):
     else:
         config.init_from = str(GOLDEN / "checkpoints" / "classification_nano.pth")
         expected = load(config.init_from).params
-    functional = Functional(make_task(config).build)
-    weights = pretrained(config, functional.abstract)
-    state = init_state(functional, optax.sgd(1.0), jax.random.key(1), weights)
+    state = started(config)
     filled = {**state.params, **state.batch_stats}
     left = {name for name in expected if name.split(".")[0] in ("norm", "head")}
     assert len(left) == 4
@@ -209,9 +215,8 @@ def test_a_backbone_that_does_not_fit_is_named(model, options, message):
     config = segmentation_config()
     config.init_from = str(GOLDEN / "checkpoints" / "classification_nano.pth")
     config.update(model=model, model_options=options, dataset="digits_segmentation")
-    functional = Functional(make_task(config).build)
     with pytest.raises(UserError, match=message):
-        pretrained(config, functional.abstract)
+        started(config)
 
 
 def test_another_model_in_the_workdir_is_refused(run):
@@ -219,13 +224,19 @@ def test_another_model_in_the_workdir_is_refused(run):
     other = config.copy_and_resolve_references()
     other.model_options = {**config.model_options, "d_state": 4}
     with pytest.raises(UserError, match="does not fit the config"):
-        train(other, workdir)
+        train(make_task(other), other, workdir)
 
 
 class GoldenTask(Classification):
-    """Classification of the golden case's normalised images, with soft targets."""
+    """Classification of the golden case's images, which are normalised, with soft targets."""
 
     train_size, dataset_classes = 6 * 4, 10  # six steps an epoch
+
+    def normalize(self, images):
+        return images
+
+    def augment(self, batch, rngs):
+        return batch["image"], batch["label"]
 
     def train_batches(self, start_step):
         for index in range(start_step, 12):
@@ -252,7 +263,7 @@ def x64_everywhere():
     jax.config.update("jax_enable_x64", False)
 
 
-def test_training_follows_the_authors_code(x64_everywhere, tmp_path, monkeypatch):
+def test_training_follows_the_authors_code(x64_everywhere, tmp_path):
     """Twelve steps in float64 with MESA, the average of weights and statistics, and clipping."""
     golden = np.load(GOLDEN / "training_nano.npz")
     settings = json.loads(str(golden["settings"]))
@@ -265,16 +276,12 @@ def test_training_follows_the_authors_code(x64_everywhere, tmp_path, monkeypatch
         # A warm-up that ends with the run: 2.5e-5 more at every step.
         warmup_learning_rate=2.5e-5, learning_rate=3.25e-4, warmup_steps=12,
     )  # fmt: skip
-    monkeypatch.setattr(loop, "make_task", GoldenTask)
-    monkeypatch.setattr(loop, "pretrained", lambda *_: golden_weights("classification_nano"))
-    config.init_from = "the golden weights"
-    monkeypatch.setattr(classification.image_ops, "normalize", lambda images: images)
-    monkeypatch.setattr(
-        classification, "mixup_cutmix", lambda key, images, labels, **_: (images, labels)
-    )
-    train(config, tmp_path)
+    weights, workdir = tmp_path / "weights", tmp_path / "run"
+    write_folder(weights, Weights("vssd_nano", 10, {}, golden_weights("classification_nano")))
+    config.init_from = str(weights)
+    train(GoldenTask(config), config, workdir)
 
-    lines = read_metrics(tmp_path)
+    lines = read_metrics(workdir)
     for index, line in enumerate(lines[:12]):
         assert line["train/learning_rate"] == pytest.approx(golden["lr"][index], rel=1e-9)
         assert line["train/loss"] == pytest.approx(golden["loss"][index], rel=1e-9)
@@ -283,9 +290,9 @@ def test_training_follows_the_authors_code(x64_everywhere, tmp_path, monkeypatch
     logits = golden["final_ema_logits"]
     expected = scipy.special.logsumexp(logits, axis=1) - logits[[0, 1], [3, 7]]
     assert lines[12]["val/loss"] == pytest.approx(expected.mean(), rel=1e-7)
-    functional = Functional(GoldenTask(config).build)
+    model = SplitModel(GoldenTask(config).build)
     images = golden_images((2, 3, 64, 64), dtype=np.float64)
-    result = run_model(functional.merge(read_ema(tmp_path)[0], training=False), images)
+    result = run_model(model.merge(read_ema(workdir)[0], training=False), images)
     assert relative_error(result, logits) < 1e-7
 
 
@@ -294,11 +301,12 @@ import sys
 from absl import flags
 flags.FLAGS(["test"])
 from tests.training.test_loop import small_config
+from vssd_jax.tasks import make_task
 from vssd_jax.training.loop import train
 config = small_config(sys.argv[1])
 config.update(steps=20, eval_batch_size=120, dtype="float64", mesa=0.0)
 config.mesh.fsdp = 4 if sys.argv[2].endswith("8") else 1
-train(config, sys.argv[2])
+train(make_task(config), config, sys.argv[2])
 """
 
 
@@ -347,5 +355,5 @@ def test_impossible_configs_are_refused(changes, message, data_dir, tmp_path):
     config = small_config(data_dir)
     config.update(changes)
     with pytest.raises(UserError, match=message):
-        train(config, tmp_path / "run")
+        train(make_task(config), config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

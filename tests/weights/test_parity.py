@@ -14,7 +14,7 @@ import vssd_jax
 from tests.golden import synthetic
 from tests.golden.inventories import load_inventory
 from torch_reference import create_model as torch_model
-from vssd_jax.weights import names
+from vssd_jax.models import torch_names, vssd
 from vssd_jax.weights.convert import convert
 from vssd_jax.weights.load import load
 from vssd_jax.weights.torch_file import write_torch_file
@@ -108,7 +108,7 @@ def test_outputs_and_gradients_are_pytorchs(tmp_path):
         maps, logits = reference.stages(images)[1:], reference(images)
         (logits * cotangent).sum().backward()
         gradients = {name: p.grad.numpy() for name, p in reference.named_parameters()}
-        expected, _, unknown = names.from_torch(names.VSSD, gradients)
+        expected, _, unknown = torch_names.from_torch(vssd.TORCH_TABLE, gradients)
         assert unknown == []
 
         with jax.enable_x64(True):

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vssd_jax.host import compiler_options
 from vssd_jax.models.split import Arrays, SplitModel
-from vssd_jax.tasks.protocol import Loss, Task
+from vssd_jax.tasks.protocol import Task
 from vssd_jax.training import report
 from vssd_jax.training.clock import Clock
 from vssd_jax.training.evaluator import Evaluator
@@ -28,7 +28,7 @@ TrainStep = Callable[[TrainState, dict, jax.Array], tuple[TrainState, Metrics]]
 def make_train_step(
     model: SplitModel,
     optimizer: optax.GradientTransformation,
-    loss: Loss,
+    loss: Callable[..., tuple[jax.Array, Metrics]],
     *,
     ema_decay: float,
     accumulate: int = 1,
