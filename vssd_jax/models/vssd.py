@@ -9,7 +9,6 @@ token weights and states. (With `dtype=float64` everything is float64: the parit
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -17,15 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vssd_jax.kernels.add_branch import add_branch
 from vssd_jax.kernels.attention import attention
+from vssd_jax.kernels.batch_norm import batch_norm
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
-from vssd_jax.kernels.dispatch import check_name, of_other_kernels
+from vssd_jax.kernels.dispatch import check_name
 from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.linear import linear
-from vssd_jax.kernels.mixer import nc_ssd_mixer
-from vssd_jax.kernels.mlp import mlp
+from vssd_jax.kernels.mlp import MLPParams, mlp
+from vssd_jax.kernels.nc_ssd_mixer import MixerParams, nc_ssd_mixer
 from vssd_jax.kernels.norm_linear import norm_linear
-from vssd_jax.kernels.residual import add_branch
+from vssd_jax.kernels.relu import relu
 from vssd_jax.models.ssd import bidirectional_ssd, causal_ssd
 
 MIXERS = ("ncssd", "ssd", "bissd", "attention")
@@ -241,46 +242,6 @@ class Conv(nnx.Module):
         return y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def batch_norm(x, scale, bias, epsilon, dtype):
-    """Normalises with the moments of the batch, over all axes but the last.
-
-    Args:
-      x: (..., C).
-      scale, bias: (C,), in the dtype of the computation.
-      epsilon: added to the variance.
-      dtype: of the result.
-
-    Returns:
-      (..., C); and mean and biased variance (C,), which carry no gradient.
-    """
-    return _batch_norm_forward(x, scale, bias, epsilon, dtype)[0]
-
-
-def _batch_norm_forward(x, scale, bias, epsilon, dtype):
-    axes, wide = tuple(range(x.ndim - 1)), x.astype(scale.dtype)
-    mean = wide.mean(axes)
-    var = jnp.square(wide - mean).mean(axes)
-    y = (wide - mean) * (scale * jax.lax.rsqrt(var + epsilon)) + bias
-    return (y.astype(dtype), mean, var), (x, mean, var, scale)
-
-
-# Written out, it reads the input twice, for two sums together and for the result; the automatic
-# gradient of the moments makes it five times.
-def _batch_norm_backward(epsilon, dtype, saved, cotangents):
-    x, mean, var, scale = saved
-    axes, dy = tuple(range(x.ndim - 1)), cotangents[0].astype(scale.dtype)
-    rstd = jax.lax.rsqrt(var + epsilon)
-    normed = (x.astype(scale.dtype) - mean) * rstd
-    dbias, dscale = dy.sum(axes), (dy * normed).sum(axes)
-    count = x.size // x.shape[-1]
-    dx = scale * rstd * (dy - dbias / count - normed * (dscale / count))
-    return dx.astype(x.dtype), dscale, dbias
-
-
-batch_norm.defvjp(_batch_norm_forward, _batch_norm_backward)
-
-
 class BatchNorm(nnx.Module):
     """Batch normalisation with PyTorch's statistics, over B, H and W of the global batch.
 
@@ -329,15 +290,6 @@ class ConvNorm(nnx.Module):
         return self.norm(self.conv(x))
 
 
-@jax.custom_vjp
-def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0). Its gradient asks for the result alone: nothing else need be kept."""
-    return jnp.maximum(x, 0)
-
-
-relu.defvjp(lambda x: (relu(x),) * 2, lambda y, dy: (jnp.where(y > 0, dy, 0),))
-
-
 class DepthwiseConv(nnx.Module):
     """3x3 depthwise convolution with bias: (B, H, W, C) -> (B, ceil(H/s), ceil(W/s), C).
 
@@ -378,7 +330,7 @@ class DepthwiseConv(nnx.Module):
 class DropPath(nnx.Module):
     """Stochastic depth: in training, drops the branch of a whole sample with probability `rate`.
 
-    Gives the weights of the branch (B,), or None for ones.
+    Gives the scale of the branch (B,), or None for ones.
     """
 
     def __init__(self, rate: float):
@@ -472,7 +424,7 @@ class PatchDownsample(nnx.Module):
 class SSDMixer(nnx.Module):
     """The NC-SSD mixer (section 3.2, figure 3), or one of the scans it is compared with.
 
-    `x + weights * mixer(norm(x))`, (B, H, W, C). `kind` is "ncssd", "ssd" or "bissd".
+    `x + branch_scale * mixer(norm(x))`, (B, H, W, C). `kind` is "ncssd", "ssd" or "bissd".
     """
 
     def __init__(
@@ -483,14 +435,13 @@ class SSDMixer(nnx.Module):
         self.sizes = (inner, inner + 2 * state, heads)  # z, x|B|C, dt
         self.groups, self.kind, self.sign = config.ngroups, kind, config.token_weight_sign
         self.implementation, self.precision = implementation, precision
-        other = of_other_kernels(implementation)
         self.in_proj = Linear(
             channels, sum(self.sizes), use_bias=False, precision=precision, rngs=rngs
         )
         self.conv = DepthwiseConv(
             inner + 2 * state,
             activation="silu",
-            implementation=other,
+            implementation=implementation,
             precision=precision,
             rngs=rngs,
         )
@@ -500,10 +451,10 @@ class SSDMixer(nnx.Module):
         a = uniform(1.0, 16.0)(rngs.params(), (heads,), precision.state)
         self.A_log = nnx.Param(jnp.log(a))
         self.D = nnx.Param(jnp.ones((heads,), precision.state))
-        self.norm = LayerNorm(inner, implementation=other, precision=precision)
+        self.norm = LayerNorm(inner, implementation=implementation, precision=precision)
         self.out_proj = Linear(inner, channels, use_bias=False, precision=precision, rngs=rngs)
 
-    def __call__(self, x, norm, weights):
+    def __call__(self, x, norm, branch_scale):
         # dt is wide because softplus is.
         z, xbc, dt = norm_linear(
             x,
@@ -513,7 +464,7 @@ class SSDMixer(nnx.Module):
             widths=self.sizes,
             dtypes=(x.dtype, x.dtype, self.precision.state),
             epsilon=norm.epsilon,
-            implementation=of_other_kernels(self.implementation),
+            implementation=self.implementation,
         )
         dt = jax.nn.softplus(dt + self.dt_bias[...])
         a, d = jnp.exp(self.A_log[...]), self.D[...]
@@ -523,13 +474,15 @@ class SSDMixer(nnx.Module):
                 xbc,
                 self.sign * dt * a,
                 z,
-                weights,
-                self.conv.kernel[...],
-                self.conv.bias[...],
-                d,
-                self.norm.scale[...],
-                self.norm.bias[...],
-                self.out_proj.kernel[...],
+                branch_scale,
+                MixerParams(
+                    self.conv.kernel[...],
+                    self.conv.bias[...],
+                    d,
+                    self.norm.scale[...],
+                    self.norm.bias[...],
+                    self.out_proj.kernel[...],
+                ),
                 groups=self.groups,
                 epsilon=self.norm.epsilon,
                 implementation=self.implementation,
@@ -540,46 +493,51 @@ class SSDMixer(nnx.Module):
         xs, b, c = jnp.split(xbc, (inner, (inner + xbc.shape[-1]) // 2), axis=-1)
         b, c = (t.reshape(*t.shape[:2], self.groups, -1) for t in (b, c))
         y = self.norm(scan(xs, dt, -a, b, c, d)) * z
-        return add_branch(x, self.out_proj(y).reshape(x.shape), weights)
+        return add_branch(x, self.out_proj(y).reshape(x.shape), branch_scale)
 
 
 class AttentionMixer(nnx.Module):
-    """Multi-head self-attention over all tokens: `x + weights * mixer(norm(x))`, (B, H, W, C)."""
+    """Multi-head self-attention over all tokens.
+
+    `x + branch_scale * mixer(norm(x))`, (B, H, W, C).
+    """
 
     def __init__(self, channels, heads, *, implementation, precision, rngs):
         self.heads = heads
-        self.implementation = of_other_kernels(implementation)
+        self.implementation = implementation
         self.qkv = Linear(channels, 3 * channels, use_bias=False, precision=precision, rngs=rngs)
         self.out = Linear(channels, channels, precision=precision, rngs=rngs)
 
-    def __call__(self, x, norm, weights):
+    def __call__(self, x, norm, branch_scale):
         batch, height, width, channels = x.shape
         qkv = self.qkv(norm(x)).reshape(batch, height * width, 3 * channels)
         y = attention(qkv, heads=self.heads, implementation=self.implementation)
-        return add_branch(x, self.out(y).reshape(x.shape), weights)
+        return add_branch(x, self.out(y).reshape(x.shape), branch_scale)
 
 
 class MLP(nnx.Module):
     """Linear to four times the width, exact GELU, linear back.
 
-    `x + weights * mlp(norm(x))`, (B, H, W, C).
+    `x + branch_scale * mlp(norm(x))`, (B, H, W, C).
     """
 
     def __init__(self, channels, *, implementation, precision, rngs):
-        self.implementation = of_other_kernels(implementation)
+        self.implementation = implementation
         self.fc1 = Linear(channels, 4 * channels, precision=precision, rngs=rngs)
         self.fc2 = Linear(4 * channels, channels, precision=precision, rngs=rngs)
 
-    def __call__(self, x, norm, weights):
+    def __call__(self, x, norm, branch_scale):
         return mlp(
             x,
-            weights,
-            norm.scale[...],
-            norm.bias[...],
-            self.fc1.kernel[...],
-            self.fc1.bias[...],
-            self.fc2.kernel[...],
-            self.fc2.bias[...],
+            branch_scale,
+            MLPParams(
+                norm.scale[...],
+                norm.bias[...],
+                self.fc1.kernel[...],
+                self.fc1.bias[...],
+                self.fc2.kernel[...],
+                self.fc2.bias[...],
+            ),
             epsilon=norm.epsilon,
             implementation=self.implementation,
         )
@@ -596,16 +554,16 @@ class Block(nnx.Module):
     ):
         channels, heads = config.embed_dim * 2**stage, config.num_heads[stage]
         kind = config.mixers[stage]
-        other = {"implementation": of_other_kernels(implementation), "precision": precision}
-        options = {"implementation": implementation, "precision": precision, "rngs": rngs}
-        self.cpe1 = DepthwiseConv(channels, residual=True, **other, rngs=rngs)
-        self.norm1 = LayerNorm(channels, **other)
+        norm_options = {"implementation": implementation, "precision": precision}
+        options = norm_options | {"rngs": rngs}
+        self.cpe1 = DepthwiseConv(channels, residual=True, **options)
+        self.norm1 = LayerNorm(channels, **norm_options)
         if kind == "attention":
             self.mixer = AttentionMixer(channels, heads, **options)
         else:
             self.mixer = SSDMixer(config, channels, heads, kind=kind, **options)
-        self.cpe2 = DepthwiseConv(channels, residual=True, **other, rngs=rngs)
-        self.norm2 = LayerNorm(channels, **other)
+        self.cpe2 = DepthwiseConv(channels, residual=True, **options)
+        self.norm2 = LayerNorm(channels, **norm_options)
         self.mlp = MLP(channels, **options)
         self.drop_path = DropPath(drop_path)
 
@@ -626,7 +584,6 @@ class Stage(nnx.Module):
         self.deterministic = False
         make = {"conv": ConvDownsample, "patch": PatchDownsample}[config.downsample]
         channels = config.embed_dim * 2**stage
-        options["implementation"] = of_other_kernels(implementation)
         self.downsample = make(channels, **options) if stage < 3 else None
 
     def __call__(self, x, rngs=None):
@@ -661,11 +618,11 @@ class VSSD(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_name(implementation)
-        precision, other = Precision(jnp.dtype(dtype)), of_other_kernels(implementation)
+        precision = Precision(jnp.dtype(dtype))
         options = {"precision": precision, "rngs": rngs}
         self.config, self.num_classes, self.precision = config, num_classes, precision
         stem = {"conv": ConvStem, "patch": PatchStem}[config.stem]
-        self.stem = stem(config.embed_dim, implementation=other, **options)
+        self.stem = stem(config.embed_dim, implementation=implementation, **options)
         rates = np.linspace(0, config.drop_path, sum(config.depths)).tolist()
         self.stages = nnx.List()
         for stage, depth in enumerate(config.depths):
@@ -682,7 +639,7 @@ class VSSD(nnx.Module):
                 )
             )
         widths = [config.embed_dim * 2**stage for stage in range(4)]
-        norm_options = {"implementation": other, "precision": precision}
+        norm_options = {"implementation": implementation, "precision": precision}
         if num_classes is None:
             self.out_norms = nnx.List([LayerNorm(width, **norm_options) for width in widths])
         else:
