@@ -1,35 +1,43 @@
-"""Which implementation runs where, and how a kernel stays on its own part of the batch."""
+"""One table of implementations for each operation, and the choice between them.
+
+An operation is a function such as `attention`, in the folder of its name. Its `api.py` has the
+public function and an `Operation`: a table from names ("xla", "pallas", ...) to `Implementation`s.
+A module is imported only after its row says that the device can run it: importing Pallas takes a
+second, and its Triton backend may be missing from another release of JAX.
+
+Another implementation is a file and a line:
+
+    from vssd_jax.kernels import attention, dispatch
+
+    def attention(qkv, *, heads): ...          # the arguments of the public function
+
+    attention.OPERATION.register("mine", dispatch.Implementation(__name__))
+"""
 
 import dataclasses
 import functools
+import importlib
 import logging
-import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
 
-from vssd_jax.errors import UserError
+from vssd_jax.errors import UserError, did_you_mean
+from vssd_jax.kernels import mesh
 
-IMPLEMENTATIONS = ("xla", "pallas", "triton")
 logger = logging.getLogger(__name__)
+
+
+# --- Devices ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a program is being traced for: "cpu", "gpu", ... and the name of the device."""
+    """The device a program is traced for: its platform ("cpu", "gpu", ...) and its name."""
 
     platform: str
     kind: str
-
-    def lacks_triton(self) -> str | None:
-        """Why Triton kernels cannot run here, or None."""
-        if self.platform != "gpu":
-            return f"it needs an NVIDIA GPU, and this is a {self.platform}"
-        capability = getattr(jax.devices()[0], "compute_capability", None)
-        if capability and float(capability) < 8.0:
-            return f"it needs compute capability 8.0, and {self.kind} has {capability}"
-        return None
 
 
 def target() -> Target:
@@ -42,113 +50,246 @@ def target() -> Target:
         if isinstance(device, str):
             device = jax.devices(device)[0]
         platform, kind = device.platform, device.device_kind
-    # ROCm's devices are GPUs as well, but these kernels were never compiled for one.
+    # Not "rocm": the kernels were never compiled for AMD's GPUs.
     return Target({"cuda": "gpu"}.get(platform, platform), kind)
 
 
+def anywhere(device: Target) -> None:
+    """The condition of an implementation that every device can run."""
+
+
+def cpu(device: Target) -> str | None:
+    """Why `device` is not a CPU, or None."""
+    return None if device.platform == "cpu" else f"it is for CPUs, and this is a {device.platform}"
+
+
+def nvidia_gpu(device: Target) -> str | None:
+    """Why `device` is no NVIDIA GPU of the Ampere generation or later, or None."""
+    if device.platform != "gpu":
+        return f"it needs an NVIDIA GPU, and this is a {device.platform}"
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability and float(capability) < 8.0:
+        return f"it needs compute capability 8.0, and {device.kind} has {capability}"
+    return None
+
+
+def pallas_triton(device: Target) -> str | None:
+    """Why Pallas cannot compile a kernel for `device` with Triton, or None."""
+    reason = nvidia_gpu(device)
+    if reason is None:
+        try:
+            importlib.import_module("jax.experimental.pallas.triton")
+        except ImportError as error:
+            reason = f"JAX {jax.__version__} has no Triton backend of Pallas ({error})"
+    return reason
+
+
+# --- Operations -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """A row of an operation's table.
+
+    Attributes:
+      module: the full name of the module that has it, as a function of the operation's name that
+        takes the arguments of the public function but `implementation`, all by name. It may also
+        have `supports(**arguments)`, which gives the reason why the function cannot take these
+        arguments, or None.
+      runs_on: gives the reason why a device cannot run it, or None. Called before the module is
+        imported.
+      forward, backward: the directions in which it is more than plain JAX. With `backward=False`
+        the dispatcher gives it the gradient of the "xla" row.
+      plain: whether it is plain JAX, and thus meant by `implementation="xla"` as well.
+      partitioned: whether XLA can divide it among devices. If not, the dispatcher runs it on each
+        device's part of the batch. (An implementation with `forward=False` does so itself.)
+      automatic: whether `implementation=None` may choose it.
+    """
+
+    module: str
+    runs_on: Callable[[Target], str | None] = anywhere
+    forward: bool = True
+    backward: bool = True
+    plain: bool = False
+    partitioned: bool = False
+    automatic: bool = True
+
+
+def plain(module: str, runs_on: Callable[[Target], str | None] = anywhere) -> Implementation:
+    """The row of an implementation in plain JAX."""
+    return Implementation(module, runs_on, plain=True, partitioned=True)
+
+
+class Operation:
+    """An operation with its implementations.
+
+    Attributes:
+      name: of the public function.
+      table: the implementations by name, the preferred ones first; the last one is "xla".
+      parts: the operations that the "xla" implementation is put together from. It takes
+        `implementation` as an argument and hands it on to them.
+    """
+
+    def __init__(
+        self, name: str, table: dict[str, Implementation], parts: tuple["Operation", ...] = ()
+    ) -> None:
+        if list(table)[-1] != "xla" or not table["xla"].plain:
+            raise ValueError(f"the last implementation of {name} must be 'xla', in plain JAX")
+        self.name, self.table, self.parts = name, dict(table), parts
+        _OPERATIONS[name] = self
+
+    def register(self, name: str, implementation: Implementation) -> None:
+        """Adds a row, or replaces the one of that name; the automatic choice tries it first.
+
+        Functions that are already compiled keep the implementation that they were compiled with.
+        """
+        others = {key: row for key, row in self.table.items() if key != name}
+        self.table = {name: implementation, **others}
+
+    def has(self, implementation: str | None) -> bool:
+        """Whether this operation, or one that it is put together from, has such a row."""
+        return implementation in self.table or any(part.has(implementation) for part in self.parts)
+
+    def function(self, name: str) -> Callable:
+        """The function of the row `name`; imports its module."""
+        return getattr(self.module(name), self.name)
+
+    def module(self, name: str) -> Any:
+        return importlib.import_module(self.table[name].module)
+
+    def _out_of_reach(self, name: str, arguments: dict[str, Any]) -> str | None:
+        supports = getattr(self.module(name), "supports", None)
+        return supports(**arguments) if supports else None
+
+    def choose(self, implementation: str | None, **arguments: Any) -> str:
+        """The name of the row to run.
+
+        Args:
+          implementation: None for the best one for the device and these arguments; "xla" for
+            plain JAX; or the name of another row. Where the table has no such row, or it cannot
+            take these arguments (which is logged once), the best of the others is chosen. So one
+            name can be handed to all operations of a model.
+          **arguments: those of the operation.
+
+        Raises:
+          UserError: if no operation has an implementation of that name, or the device cannot run
+            this operation's.
+        """
+        check_name(implementation)
+        device = target()
+        rows = {
+            name: row
+            for name, row in self.table.items()
+            if (row.plain if implementation == "xla" else row.automatic)
+        }
+        if implementation in self.table and implementation != "xla":
+            reason = self.table[implementation].runs_on(device)
+            if reason:
+                raise UserError(
+                    f"{self.name} cannot run as {implementation!r}: {reason}; "
+                    "use implementation=None or 'xla'"
+                )
+            reason = self._out_of_reach(implementation, arguments)
+            if reason is None:
+                return implementation
+            _log_once(
+                f"{self.name} cannot run as {implementation!r} with these arguments, and takes "
+                f"another implementation: {reason}"
+            )
+            rows.pop(implementation, None)
+        elif implementation not in (None, "xla") and self.has(implementation):
+            return "xla"  # its parts have such a row
+        reasons = []
+        for name, row in rows.items():
+            reason = row.runs_on(device) or self._out_of_reach(name, arguments)
+            if reason is None:
+                if name == "xla" and reasons and device.platform == "gpu":
+                    _log_once(f"{self.name} falls back to XLA: {'; '.join(reasons)}")
+                return name
+            # A kernel for inference is a shortcut; that training takes the longer way is normal.
+            if row.backward and not row.plain:
+                reasons.append(f"{name!r} cannot run, {reason}")
+        raise AssertionError(f"{self.name}: 'xla' runs everywhere")
+
+    def run(
+        self,
+        implementation: str | None,
+        batched: dict[str, Any],
+        shared: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Chooses an implementation and calls it.
+
+        Args:
+          implementation: see `choose`.
+          batched: the arguments with a batch axis, which can be divided among devices.
+          shared: the other arguments that are arrays.
+          **options: the arguments that are no arrays.
+        """
+        shared = shared or {}
+        name = self.choose(implementation, **batched, **shared, **options)
+        row = self.table[name]
+        if name == "xla":
+            return self._xla(implementation, options)(**batched, **shared)
+        f = functools.partial(self.function(name), **options)
+
+        def on_device(batched: dict[str, Any], shared: dict[str, Any]) -> Any:
+            return f(**batched, **shared)
+
+        def on_mesh(batched: dict[str, Any], shared: dict[str, Any]) -> Any:
+            return mesh.over_batch(on_device, batched, shared)
+
+        kernel = on_mesh if row.forward and not row.partitioned else on_device
+        if not row.backward:
+            xla = self._xla(implementation, options)
+            kernel = for_inference(kernel, lambda batched, shared: xla(**batched, **shared))
+        return kernel(batched, shared)
+
+    def _xla(self, implementation: str | None, options: dict[str, Any]) -> Callable:
+        if self.parts:
+            options = options | {"implementation": implementation}
+        return functools.partial(self.function("xla"), **options)
+
+
+_OPERATIONS: dict[str, Operation] = {}
+
+
+def operations() -> dict[str, Operation]:
+    """All operations by name."""
+    return dict(_OPERATIONS)
+
+
 def check_name(implementation: str | None) -> None:
-    """Raises UserError for an implementation that does not exist."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
+    """Raises UserError if no operation has an implementation of this name."""
+    names = dict.fromkeys(["xla"] + [name for op in _OPERATIONS.values() for name in op.table])
+    if implementation is not None and implementation not in names:
         raise UserError(
-            f"unknown implementation {implementation!r}; choose from "
-            f"{', '.join(IMPLEMENTATIONS)}, or None for the best one of the device"
+            f"unknown implementation {implementation!r}{did_you_mean(implementation, names)} "
+            "(None stands for the best one for the device)"
         )
 
 
-def of_other_kernels(implementation: str | None) -> str | None:
-    """What an `implementation` that is meant for one operation means for those beside it.
-
-    "pallas" and "triton" force kernels that the others may not have, or not for every size.
-    """
-    return "xla" if implementation == "xla" else None
-
-
-def choose(
-    operation: str,
-    implementation: str | None,
-    reasons: dict[str, Callable[[Target], str | None]],
-    automatic: str,
-) -> str:
-    """The implementation to run: the one that is forced, or `automatic` where it can run.
-
-    Args:
-      operation: its name, for messages.
-      implementation: what the caller forces, or None.
-      reasons: for each implementation but "xla", a function that says why it cannot run.
-      automatic: the one to try where nothing is forced.
-
-    Raises:
-      UserError: if the forced implementation is unknown or cannot run.
-    """
-    check_name(implementation)
-    if implementation == "xla":
-        return "xla"
-    here = target()
-    if implementation is not None:
-        reason = reasons[implementation](here)
-        if reason:
-            raise UserError(
-                f"{operation} cannot run as {implementation!r}: {reason}; "
-                "use implementation=None or 'xla'"
-            )
-        return implementation
-    reason = reasons[automatic](here)
-    if reason is None:
-        return automatic
-    if here.platform == "gpu":  # elsewhere XLA is the best there is, and no news
-        _say_once(f"{operation} falls back to XLA: {automatic!r} cannot run, {reason}")
-    return "xla"
-
-
 @functools.cache
-def _say_once(message: str) -> None:
+def _log_once(message: str) -> None:
     logger.warning(message)
 
 
-def for_inference(kernel: Callable, plain: Callable) -> Callable:
-    """`kernel`, and in place of its gradient all of `plain`, forward and backward.
+def wrong_dtype(x: jax.Array, *dtypes: Any) -> str | None:
+    """Why a kernel for `dtypes` cannot take `x`, or None."""
+    if x.dtype in dtypes:
+        return None
+    return f"dtype {x.dtype} (it knows {', '.join(jax.numpy.dtype(d).name for d in dtypes)})"
 
-    For kernels that are written for the forward pass alone: nothing is computed twice.
+
+def for_inference(kernel: Callable, plain: Callable) -> Callable:
+    """`kernel`, and under differentiation `plain`, forward and backward.
+
+    For kernels that have the forward pass alone: nothing is computed twice.
     """
 
     @jax.custom_vjp
-    def f(*args):
+    def f(*args: Any) -> Any:
         return kernel(*args)
 
     f.defvjp(lambda *args: jax.vjp(plain, *args), lambda pullback, dy: pullback(dy))
     return f
-
-
-def size_on_device(x: jax.Array) -> int:
-    """The number of elements of `x` that `over_batch` gives to a device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return x.size // math.prod(mesh.shape[name] for name in _batch_axes(len(x)))
-
-
-def _batch_axes(batch: int) -> tuple[str, ...]:
-    """The axes of the mesh over which a batch is divided; none if it cannot be."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind != AxisType.Manual
-    )
-    devices = math.prod(mesh.shape[name] for name in axes)
-    return () if devices == 1 or batch % devices else axes
-
-
-def over_batch(f: Callable, sharded: tuple, replicated: tuple) -> jax.Array:
-    """`f(*sharded, *replicated)` with each device on its own part of the first axis of `sharded`.
-
-    XLA cannot split a kernel: without this it would gather the whole batch on every device. The
-    mesh is that of `jax.set_mesh`; without a mesh, or if the batch cannot be divided, `f` is
-    called as it is.
-    """
-    axes = _batch_axes(len(sharded[0]))
-    if not axes:
-        return f(*sharded, *replicated)
-    mesh = jax.sharding.get_abstract_mesh()
-    batch = PartitionSpec(axes)
-    specs = (batch,) * len(sharded) + (PartitionSpec(),) * len(replicated)
-    split = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=batch, check_vma=False)
-    return split(*sharded, *replicated)

@@ -1,13 +1,24 @@
-"""What the Pallas kernels for NVIDIA GPUs (Triton backend) have in common.
+"""Loads, stores and products that the Pallas kernels for NVIDIA GPUs (Triton backend) share.
 
-Sizes inside a kernel are powers of two; masks cover what lies beyond the arrays. (A block's tail
-is not masked by Pallas: hence whole arrays as blocks, and masked loads and stores.)
+Sizes inside a kernel are powers of two, and masks cover the elements beyond the arrays. Pallas
+itself does not mask the end of a block: each kernel gets whole arrays and masks its loads and
+stores.
+
+Import this module, and those that use it, only where `dispatch.pallas_triton` allows it.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+
+from vssd_jax.kernels import dispatch
+
+Span = tuple[Array, Array]  # indices along an axis, and the mask of the valid ones
 
 f32 = jnp.float32
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -18,28 +29,29 @@ def padded(size: int) -> int:
     return max(16, pl.next_power_of_2(size))
 
 
-def span(start, size: int, end: int):
+def span(start: int | Array, size: int, end: int) -> Span:
     """`size` indices from `start` on, and the mask of those below `end`."""
     index = start + jnp.arange(size)
     return index, index < end
 
 
-def load(ref, *axes):
-    """The elements at the cross product of `axes`, (indices, mask) each; zero beyond the masks."""
+def load(ref: Any, *axes: int | Array | Span) -> Array:
+    """The elements at the cross product of `axes`, an index or a span each; zero where masked."""
     index, mask = _grid(axes)
     return plgpu.load(ref.at[index], mask=mask, other=0.0)
 
 
-def store(ref, value, *axes):
-    """Writes what `load` reads."""
+def store(ref: Any, value: Array, *axes: int | Array | Span) -> None:
+    """Writes `value` to the elements that `load` would read."""
     index, mask = _grid(axes)
     plgpu.store(ref.at[index], value.astype(ref.dtype), mask=mask)
 
 
-def _grid(axes):
+def _grid(axes: tuple[int | Array | Span, ...]) -> tuple[tuple, Array]:
     # One index tuple of arrays: chained `.at`s break masked stores in interpret mode.
     vectors = [axis for axis in axes if isinstance(axis, tuple)]
-    index, mask, place = [], None, 0
+    index: list[Any] = []
+    mask, place = None, 0
     for axis in axes:
         if not isinstance(axis, tuple):
             index.append(axis)
@@ -54,14 +66,14 @@ def _grid(axes):
     return tuple(index), jnp.broadcast_to(mask, shape)
 
 
-def dot(a, b):
+def dot(a: Array, b: Array) -> Array:
     """a @ b in float32; products of float32 inputs are full float32, not TF32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == f32 else None
     return jax.lax.dot(a, b, precision=precision, preferred_element_type=f32)
 
 
-def layer_norm(x, scale_ref, bias_ref, columns, epsilon):
-    """LayerNorm of the rows of x, whose columns are `columns`, in two passes; dtype of x."""
+def layer_norm(x: Array, scale_ref: Any, bias_ref: Any, columns: Span, epsilon: float) -> Array:
+    """LayerNorm of the rows of `x`, in two passes and in its dtype; `columns` are its columns."""
     wide, channels = x.astype(f32), scale_ref.shape[0]
     mean = jnp.sum(wide, axis=1) / channels
     centred = jnp.where(columns[1][None, :], wide - mean[:, None], 0.0)
@@ -71,8 +83,18 @@ def layer_norm(x, scale_ref, bias_ref, columns, epsilon):
     return normed.astype(x.dtype)
 
 
-def call(kernel, name, grid, out_shape, args, *, interpret, num_warps=4, num_stages=2):
-    """Runs `kernel` on whole arrays; `interpret` runs it on a CPU."""
+def call(
+    kernel: Callable,
+    name: str,
+    grid: tuple[int, ...],
+    out_shape: Any,
+    args: tuple[Array, ...],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> Any:
+    """Runs `kernel` on whole arrays; on a CPU, for tests, in the interpreter."""
+    interpret = dispatch.target().platform == "cpu"
     # Always name Triton's parameters: without them some versions of JAX choose another backend.
     params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
     return pl.pallas_call(

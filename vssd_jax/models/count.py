@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend import core
 
-from vssd_jax.kernels.depthwise_conv import TAPS
+from vssd_jax.kernels.depthwise_conv.xla import TAPS
 from vssd_jax.models.family import abstract
 
 UNCOUNTED = ("interpolation", "channel_sum")

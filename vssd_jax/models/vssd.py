@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vssd_jax.kernels.add_branch import add_branch
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.dispatch import check_name
-from vssd_jax.kernels.mixer import nc_ssd_mixer
-from vssd_jax.kernels.mlp import mlp
+from vssd_jax.kernels.mlp import MLPParams, mlp
+from vssd_jax.kernels.nc_ssd_mixer import MixerParams, nc_ssd_mixer
 from vssd_jax.kernels.norm_linear import norm_linear
 from vssd_jax.kernels.relu import relu
-from vssd_jax.kernels.residual import add_branch
 from vssd_jax.models import torch_names
 from vssd_jax.models.family import Family, Recognised, register
 from vssd_jax.models.layers import (
@@ -292,12 +292,14 @@ class SSDMixer(nnx.Module):
                 self.sign * dt * a,
                 z,
                 branch_scale,
-                self.conv.kernel[...],
-                self.conv.bias[...],
-                d,
-                self.norm.scale[...],
-                self.norm.bias[...],
-                self.out_proj.kernel[...],
+                MixerParams(
+                    self.conv.kernel[...],
+                    self.conv.bias[...],
+                    d,
+                    self.norm.scale[...],
+                    self.norm.bias[...],
+                    self.out_proj.kernel[...],
+                ),
                 groups=self.groups,
                 epsilon=self.norm.epsilon,
                 implementation=self.implementation,
@@ -358,12 +360,14 @@ class MLP(nnx.Module):
         return mlp(
             x,
             branch_scale,
-            norm.scale[...],
-            norm.bias[...],
-            self.fc1.kernel[...],
-            self.fc1.bias[...],
-            self.fc2.kernel[...],
-            self.fc2.bias[...],
+            MLPParams(
+                norm.scale[...],
+                norm.bias[...],
+                self.fc1.kernel[...],
+                self.fc1.bias[...],
+                self.fc2.kernel[...],
+                self.fc2.bias[...],
+            ),
             epsilon=norm.epsilon,
             implementation=self.implementation,
         )

@@ -1,3 +1,3 @@
-from vssd_jax.kernels.attention.api import attention
+from vssd_jax.kernels.attention.api import OPERATION, attention
 
-__all__ = ["attention"]
+__all__ = ["OPERATION", "attention"]

@@ -1,10 +1,11 @@
-"""Self-attention in plain JAX: the reference, and the way of a CPU and of float64."""
+"""Self-attention in plain JAX."""
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 
-def attention(qkv: jax.Array, *, heads: int) -> jax.Array:
+def attention(qkv: Array, *, heads: int) -> Array:
     """See `vssd_jax.kernels.attention.api.attention`."""
     batch, length, width = qkv.shape
     acc = jnp.promote_types(qkv.dtype, jnp.float32)
@@ -15,7 +16,7 @@ def attention(qkv: jax.Array, *, heads: int) -> jax.Array:
     return y.astype(qkv.dtype).reshape(batch, length, width // 3)
 
 
-def split(qkv: jax.Array, heads: int) -> list[jax.Array]:
+def split(qkv: Array, heads: int) -> list[Array]:
     """(B, L, 3C) -> q, k and v, each (B, L, heads, P)."""
     batch, length, width = qkv.shape
     parts = qkv.reshape(batch, length, 3, heads, width // (3 * heads))

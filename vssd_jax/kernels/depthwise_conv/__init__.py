@@ -1,4 +1,3 @@
-from vssd_jax.kernels.depthwise_conv.api import depthwise_conv
-from vssd_jax.kernels.depthwise_conv.xla import TAPS
+from vssd_jax.kernels.depthwise_conv.api import OPERATION, depthwise_conv
 
-__all__ = ["TAPS", "depthwise_conv"]
+__all__ = ["OPERATION", "depthwise_conv"]

@@ -1,22 +1,30 @@
-"""3x3 depthwise convolution with bias, and what surrounds it in the network."""
-
-import jax
+"""3x3 depthwise convolution with bias, fused with the operations around it."""
 
 from vssd_jax.kernels import dispatch
-from vssd_jax.kernels.depthwise_conv import xla
+from vssd_jax.types import Array, Float
+
+OPERATION = dispatch.Operation(
+    "depthwise_conv",
+    {
+        "pallas": dispatch.Implementation(
+            "vssd_jax.kernels.depthwise_conv.pallas", dispatch.pallas_triton, forward=False
+        ),
+        "xla": dispatch.plain("vssd_jax.kernels.depthwise_conv.xla"),
+    },
+)
 
 
 def depthwise_conv(
-    x: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "3 3 C"],
+    bias: Float[Array, "C"],
     *,
     stride: int = 1,
     activation: str | None = None,
     residual: bool = False,
     relu_input: bool = False,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "B out_H out_W C"]:
     """Convolves each channel with its own 3x3 kernel, padded by one pixel of zeros.
 
     Args:
@@ -26,9 +34,9 @@ def depthwise_conv(
       stride: 1 or 2; the output has ceil(H / stride) x ceil(W / stride) pixels.
       activation: None, "silu" or "relu", applied to convolution and bias.
       residual: whether `x` is added at the end; needs stride 1.
-      relu_input: whether max(x, 0) is convolved; not beside a residual.
-      implementation: of the gradient, "xla", "pallas", or None for the device's best: on a GPU a
-        kernel, which has no derivative itself. The convolution is always XLA's.
+      relu_input: whether max(x, 0) is convolved; not with a residual.
+      implementation: "xla", "pallas" (on an NVIDIA GPU; a kernel for the gradient, which cannot
+        be differentiated again), or see `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:
       (B, ceil(H / stride), ceil(W / stride), C) in the dtype of `x`, accumulated in float32 at
@@ -36,26 +44,20 @@ def depthwise_conv(
 
     Raises:
       ValueError: for an unknown activation or stride, or a residual with stride 2 or a ReLU.
-      UserError: if a forced implementation cannot run here.
+      UserError: see `choose`.
     """
     if stride not in (1, 2) or (residual and stride != 1):
         raise ValueError(f"stride {stride} is not 1, or 2 without a residual")
     if residual and relu_input:
-        raise ValueError("a residual is added to no ReLU's result")
-    if activation not in xla.ACTIVATIONS:
+        raise ValueError("residual and relu_input exclude each other")
+    if activation not in (None, "silu", "relu"):
         raise ValueError(f"unknown activation {activation!r}: None, 'silu' or 'relu'")
-
-    def reason(here):
-        # Imported late: Pallas takes a while, and a CPU has no use for it.
-        from vssd_jax.kernels.depthwise_conv import pallas
-
-        return here.lacks_triton() or pallas.supports(x)
-
-    name = "the depthwise convolution's gradient"
-    reasons = {"pallas": reason, "triton": lambda here: "there is no such kernel"}
-    gradients = xla.gradients
-    if dispatch.choose(name, implementation, reasons, automatic="pallas") == "pallas":
-        from vssd_jax.kernels.depthwise_conv import pallas
-
-        gradients = pallas.gradients
-    return xla.depthwise_conv(x, kernel, bias, stride, activation, residual, relu_input, gradients)
+    return OPERATION.run(
+        implementation,
+        {"x": x},
+        {"kernel": kernel, "bias": bias},
+        stride=stride,
+        activation=activation,
+        residual=residual,
+        relu_input=relu_input,
+    )

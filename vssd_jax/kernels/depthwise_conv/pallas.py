@@ -1,41 +1,50 @@
 """The gradients of the depthwise convolution as one Pallas kernel for NVIDIA GPUs (Triton backend).
 
 XLA reads both arrays again for every two taps of the kernel's gradient. Here a program takes a
-channel block of some pixels of one image and adds up all nine in its registers, while the gradient
-of the input comes from the same values. Programs share nothing but their inputs; XLA adds up
+block of channels of some pixels of one image and sums all nine in its registers, and computes the
+gradient of the input from the same values. Programs share nothing but their inputs; XLA adds up
 their sums.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import pallas as pl
 
-from vssd_jax.kernels import dispatch, tiles
+from vssd_jax.kernels import dispatch, mesh, tiles
+from vssd_jax.kernels.depthwise_conv import xla
 from vssd_jax.kernels.tiles import f32
 
 PIXELS = 512  # of one program, about: enough programs for the GPU, few sums
 BLOCK, CHANNELS, WARPS = 16, 64, 8  # of one step; four values a thread, ten sums of each
 
 
-def supports(x: jax.Array) -> str | None:
-    """Why this argument is out of reach, or None."""
-    if x.dtype not in tiles.DTYPES:
-        return f"dtype {x.dtype} (it knows float32, bfloat16 and float16)"
-    if dispatch.size_on_device(x) >= 2**31:
-        return f"{dispatch.size_on_device(x)} elements on a device (below 2^31)"
-    return None
+def supports(x: Array, **_: Any) -> str | None:
+    """Why these arguments are out of reach, or None."""
+    return dispatch.wrong_dtype(x, *tiles.DTYPES) or mesh.too_large(x)
 
 
 def _kernel(
-    x_ref, dy_ref, kernel_ref, dx_ref, sums_ref, *, picture, out_picture, stride, relu_input, steps
-):
+    x_ref: Any,
+    dy_ref: Any,
+    kernel_ref: Any,
+    dx_ref: Any,
+    sums_ref: Any,
+    *,
+    picture: tuple[int, ...],
+    out_picture: tuple[int, ...],
+    stride: int,
+    relu_input: bool,
+    steps: int,
+) -> None:
     column, part, batch = (pl.program_id(axis) for axis in range(3))
     channels = tiles.span(column * CHANNELS, CHANNELS, dx_ref.shape[-1])
     (height, width), (out_height, out_width) = picture, out_picture
 
-    def body(step, sums):
+    def body(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         token, inside = tiles.span((part * steps + step) * BLOCK, BLOCK, height * width)
         row, col = jax.lax.div(token, width), jax.lax.rem(token, width)
         x = tiles.load(x_ref, batch, (token, inside), channels).astype(f32)
@@ -44,7 +53,7 @@ def _kernel(
         dx, updated = jnp.zeros_like(x), []
         for i in range(3):
             for j in range(3):
-                # The output pixel (y / stride, z / stride) met this one with tap (i, j).
+                # Tap (i, j) multiplied this pixel for the output pixel (y / stride, z / stride).
                 y, z = row + (1 - i), col + (1 - j)
                 valid = inside & (y >= 0) & (z >= 0)
                 if stride == 2:
@@ -54,7 +63,7 @@ def _kernel(
                 dy = tiles.load(dy_ref, batch, (y * out_width + z, valid), channels).astype(f32)
                 dx += dy * tiles.load(kernel_ref, i, j, channels)[None, :]
                 updated.append(sums[3 * i + j] + x * dy)
-                if i == j == 1:  # every output pixel lies on one of the input
+                if i == j == 1:  # the middle tap uses every output pixel once
                     updated_bias = sums[9] + dy
         if relu_input:
             dx = jnp.where(x > 0, dx, 0.0)
@@ -67,7 +76,11 @@ def _kernel(
         tiles.store(sums_ref, jnp.sum(values, axis=0), batch, part, place, channels)
 
 
-def _on_device(x, dy, kernel, *, stride, relu_input, interpret):
+def _on_device(
+    batched: tuple[Array, Array], shared: Array, *, stride: int, relu_input: bool
+) -> tuple[Array, Array]:
+    """The gradient of x, and those of kernel and bias in parts (B, parts, 10, C)."""
+    (x, dy), kernel = batched, shared
     batch, height, width, channels = x.shape
     parts = pl.cdiv(height * width, PIXELS)
     steps = pl.cdiv(pl.cdiv(height * width, BLOCK), parts)
@@ -87,16 +100,19 @@ def _on_device(x, dy, kernel, *, stride, relu_input, interpret):
             jax.ShapeDtypeStruct((batch, parts, 10, channels), f32),
         ),
         (x.reshape(batch, -1, channels), dy.reshape(batch, -1, channels), kernel.astype(f32)),
-        interpret=interpret,
         num_warps=WARPS,
     )
     return dx.reshape(x.shape), sums
 
 
-def gradients(x, dy, kernel, stride, relu_input, *, interpret=False):
-    """See `vssd_jax.kernels.depthwise_conv.xla.gradients`. `interpret` runs the kernel on a CPU."""
-    options = {"stride": stride, "relu_input": relu_input, "interpret": interpret}
-    f = functools.partial(_on_device, **options)
-    dx, sums = dispatch.over_batch(f, (x, dy), (kernel,))
+def gradients(
+    x: Array, dy: Array, kernel: Array, stride: int, relu_input: bool
+) -> tuple[Array, Array, Array]:
+    """See `vssd_jax.kernels.depthwise_conv.xla.gradients`."""
+    f = functools.partial(_on_device, stride=stride, relu_input=relu_input)
+    dx, sums = mesh.over_batch(f, (x, dy), kernel)
     sums = sums.sum((0, 1))
     return dx, sums[:9].reshape(kernel.shape), sums[9]
+
+
+depthwise_conv = functools.partial(xla.depthwise_conv, gradients=gradients)

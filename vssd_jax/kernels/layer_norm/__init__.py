@@ -1,3 +1,3 @@
-from vssd_jax.kernels.layer_norm.api import layer_norm
+from vssd_jax.kernels.layer_norm.api import OPERATION, layer_norm
 
-__all__ = ["layer_norm"]
+__all__ = ["OPERATION", "layer_norm"]

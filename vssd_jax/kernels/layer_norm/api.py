@@ -1,19 +1,28 @@
 """LayerNorm over the channels, with an optional gate."""
 
-import jax
-
 from vssd_jax.kernels import dispatch
-from vssd_jax.kernels.layer_norm import cpu, xla
+from vssd_jax.types import Array, Float
+
+OPERATION = dispatch.Operation(
+    "layer_norm",
+    {
+        "pallas": dispatch.Implementation(
+            "vssd_jax.kernels.layer_norm.pallas", dispatch.pallas_triton, forward=False
+        ),
+        "cpu": dispatch.plain("vssd_jax.kernels.layer_norm.cpu", dispatch.cpu),
+        "xla": dispatch.plain("vssd_jax.kernels.layer_norm.xla"),
+    },
+)
 
 
 def layer_norm(
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    gate: jax.Array | None = None,
+    x: Float[Array, "*batch C"],
+    scale: Float[Array, "C"],
+    bias: Float[Array, "C"],
+    gate: Float[Array, "*batch C"] | None = None,
     epsilon: float = 1e-5,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "*batch C"]:
     """Normalises the last axis in two passes, in float32 at least.
 
     Args:
@@ -21,27 +30,15 @@ def layer_norm(
       scale, bias: (C,).
       gate: (..., C) or None; the result is multiplied by it.
       epsilon: added to the variance.
-      implementation: of the gradient, "xla", "pallas", or None for the device's best: on a GPU a
-        kernel, which has no derivative itself. The forward pass is always XLA's.
+      implementation: "xla" (on a CPU with a gradient of its own), "pallas" (on an NVIDIA GPU; a
+        kernel for the gradient, which cannot be differentiated again), or see
+        `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:
       (..., C) in the dtype of `x`.
 
     Raises:
-      UserError: if a forced implementation cannot run here.
+      UserError: see `choose`.
     """
-
-    def reason(here):
-        # Imported late: Pallas takes a while, and a CPU has no use for it.
-        from vssd_jax.kernels.layer_norm import pallas
-
-        return here.lacks_triton() or pallas.supports(x)
-
-    name = "LayerNorm's gradient"
-    reasons = {"pallas": reason, "triton": lambda here: "there is no such kernel"}
-    if dispatch.choose(name, implementation, reasons, automatic="pallas") == "pallas":
-        from vssd_jax.kernels.layer_norm import pallas
-
-        return pallas.layer_norm(x, scale, bias, gate, epsilon)
-    run = cpu if dispatch.target().platform == "cpu" else xla
-    return run.layer_norm(x, scale, bias, gate, epsilon)
+    shared = {"scale": scale, "bias": bias}
+    return OPERATION.run(implementation, {"x": x, "gate": gate}, shared, epsilon=epsilon)

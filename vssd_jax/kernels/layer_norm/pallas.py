@@ -1,37 +1,38 @@
 """The gradients of LayerNorm as one Pallas kernel for NVIDIA GPUs (Triton backend).
 
-XLA's fusions add up either rows or columns, and write what the columns' sums need in float32. Here
-a program takes some rows whole and adds up the columns in its registers; XLA adds up the programs'
-sums. The forward pass is XLA's; nothing is kept from it but the arguments.
+A fusion of XLA's sums over either rows or columns, and the sums over columns need arrays in float32
+from memory. Here a program takes some whole rows and sums over the columns in its registers; XLA
+adds up the sums of the programs. The forward pass is XLA's, which keeps nothing but the arguments.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import pallas as pl
 
-from vssd_jax.kernels import dispatch, tiles
+from vssd_jax.kernels import dispatch, mesh, tiles
 from vssd_jax.kernels.layer_norm import xla
 from vssd_jax.kernels.tiles import f32
 
 MAX_CHANNELS = 2048
-TILE = 2048  # values of one step
-ROWS, PROGRAMS = 128, 256  # at most so many rows in a program, and about so many programs at least
+TILE = 2048  # values that a step of a program holds
+ROWS = 128  # of a program at most
+PROGRAMS = 256  # about so many at least, to occupy the GPU
 
 
-def supports(x: jax.Array) -> str | None:
-    """Why this argument is out of reach, or None."""
-    if x.dtype not in tiles.DTYPES:
-        return f"dtype {x.dtype} (it knows float32, bfloat16 and float16)"
+def supports(x: Array, **_: Any) -> str | None:
+    """Why these arguments are out of reach, or None."""
     if x.shape[-1] > MAX_CHANNELS:
         return f"{x.shape[-1]} channels (at most {MAX_CHANNELS})"
-    if dispatch.size_on_device(x) >= 2**31:
-        return f"{dispatch.size_on_device(x)} elements on a device (below 2^31)"
-    return None
+    return dispatch.wrong_dtype(x, *tiles.DTYPES) or mesh.too_large(x)
 
 
-def _kernel(x_ref, dy_ref, *refs, gated, block, steps, epsilon):
+def _kernel(
+    x_ref: Any, dy_ref: Any, *refs: Any, gated: bool, block: int, steps: int, epsilon: float
+) -> None:
     gate_ref, refs = (refs[0], refs[1:]) if gated else (None, refs)
     scale_ref, bias_ref, dx_ref, sums_ref, *dgate_ref = refs
     program = pl.program_id(0)
@@ -39,7 +40,7 @@ def _kernel(x_ref, dy_ref, *refs, gated, block, steps, epsilon):
     columns = tiles.span(0, tiles.padded(channels), channels)
     scale, bias = (tiles.load(ref, columns).astype(f32)[None, :] for ref in (scale_ref, bias_ref))
 
-    def body(step, sums):
+    def body(step: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         place = tiles.span((program * steps + step) * block, block, rows), columns
         x, dy = (tiles.load(ref, *place).astype(f32) for ref in (x_ref, dy_ref))
         mean = jnp.sum(x, axis=1) / channels
@@ -48,7 +49,8 @@ def _kernel(x_ref, dy_ref, *refs, gated, block, steps, epsilon):
         rstd = jax.lax.rsqrt(variance + epsilon)[:, None]
         normed = centred * rstd
         if gated:
-            y = (normed * scale + bias).astype(x_ref.dtype).astype(f32)  # as it was multiplied
+            # Rounded, as the forward pass multiplied it with the gate.
+            y = (normed * scale + bias).astype(x_ref.dtype).astype(f32)
             tiles.store(dgate_ref[0], dy * y, *place)
             dy *= tiles.load(gate_ref, *place).astype(f32)
         dnormed = dy * scale
@@ -64,16 +66,20 @@ def _kernel(x_ref, dy_ref, *refs, gated, block, steps, epsilon):
         tiles.store(sums_ref, jnp.sum(values, axis=0), program, place, columns)
 
 
-def _on_device(x, dy, *args, epsilon, interpret):
-    *gate, scale, bias = args
+def _on_device(
+    batched: tuple[Array, Array, Array | None], shared: tuple[Array, Array], *, epsilon: float
+) -> tuple[Array, Array, Array | None]:
+    """Gradients of x, of scale and bias in parts (programs, 2, C), and of the gate."""
+    (x, dy, gate), (scale, bias) = batched, shared
     channels = x.shape[-1]
-    arrays = [t.reshape(-1, channels) for t in (x, dy, *gate)]
+    arrays = [t.reshape(-1, channels) for t in (x, dy, gate) if t is not None]
     rows = len(arrays[0])
     block = max(1, TILE // tiles.padded(channels))
     steps = max(1, min(rows // PROGRAMS, ROWS) // block)
     programs = pl.cdiv(rows, block * steps)
+    gated = gate is not None
     dx, sums, *dgate = tiles.call(
-        functools.partial(_kernel, gated=bool(gate), block=block, steps=steps, epsilon=epsilon),
+        functools.partial(_kernel, gated=gated, block=block, steps=steps, epsilon=epsilon),
         "layer_norm_gradient",
         (programs,),
         (
@@ -82,32 +88,32 @@ def _on_device(x, dy, *args, epsilon, interpret):
             *(jax.ShapeDtypeStruct(t.shape, t.dtype) for t in arrays[2:]),
         ),
         (*arrays, scale, bias),
-        interpret=interpret,
     )
-    return dx.reshape(x.shape), sums, *(t.reshape(x.shape) for t in dgate)
+    return dx.reshape(x.shape), sums, dgate[0].reshape(x.shape) if gated else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _layer_norm(x, scale, bias, gate, epsilon, interpret):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def layer_norm(
+    x: Array, scale: Array, bias: Array, gate: Array | None, epsilon: float
+) -> Array:
+    """See `vssd_jax.kernels.layer_norm.api.layer_norm`."""
     return xla.layer_norm(x, scale, bias, gate, epsilon)
 
 
-def _forward(x, scale, bias, gate, epsilon, interpret):
-    return _layer_norm(x, scale, bias, gate, epsilon, interpret), (x, scale, bias, gate)
+def _forward(
+    x: Array, scale: Array, bias: Array, gate: Array | None, epsilon: float
+) -> tuple[Array, tuple]:
+    return layer_norm(x, scale, bias, gate, epsilon), (x, scale, bias, gate)
 
 
-def _backward(epsilon, interpret, saved, dy):
+def _backward(
+    epsilon: float, saved: tuple, dy: Array
+) -> tuple[Array, Array, Array, Array | None]:
     x, scale, bias, gate = saved
-    f = functools.partial(_on_device, epsilon=epsilon, interpret=interpret)
-    sharded = (x, dy) if gate is None else (x, dy, gate)
-    dx, sums, *dgate = dispatch.over_batch(f, sharded, (scale, bias))
+    f = functools.partial(_on_device, epsilon=epsilon)
+    dx, sums, dgate = mesh.over_batch(f, (x, dy, gate), (scale, bias))
     dscale, dbias = sums.sum(0)
-    return dx, dscale.astype(scale.dtype), dbias.astype(bias.dtype), dgate[0] if dgate else None
+    return dx, dscale.astype(scale.dtype), dbias.astype(bias.dtype), dgate
 
 
-_layer_norm.defvjp(_forward, _backward)
-
-
-def layer_norm(x, scale, bias, gate, epsilon, *, interpret=False):
-    """See `vssd_jax.kernels.layer_norm.api.layer_norm`. `interpret` runs the kernel on a CPU."""
-    return _layer_norm(x, scale, bias, gate, epsilon, interpret)
+layer_norm.defvjp(_forward, _backward)

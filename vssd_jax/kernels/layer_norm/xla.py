@@ -2,25 +2,33 @@
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 
-def layer_norm(x, scale, bias, gate, epsilon):
+def layer_norm(
+    x: Array, scale: Array, bias: Array, gate: Array | None, epsilon: float
+) -> Array:
     """See `vssd_jax.kernels.layer_norm.api.layer_norm`."""
-    wide = x.astype(widened(x))
+    wide = x.astype(wide_dtype(x))
     centred = wide - wide.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(variance + epsilon)
-    return finish(normed, scale, bias, gate, x.dtype)
+    return scaled_and_gated(normed, scale, bias, gate, x.dtype)
 
 
-def widened(x):
+def wide_dtype(x: Array) -> jnp.dtype:
+    """The dtype of the statistics of `x`."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def affine(normed, scale, bias):
+def scaled(normed: Array, scale: Array, bias: Array) -> Array:
+    """`normed * scale + bias`."""
     return normed * scale.astype(normed.dtype) + bias.astype(normed.dtype)
 
 
-def finish(normed, scale, bias, gate, dtype):
-    y = affine(normed, scale, bias).astype(dtype)
+def scaled_and_gated(
+    normed: Array, scale: Array, bias: Array, gate: Array | None, dtype: jnp.dtype
+) -> Array:
+    """`(normed * scale + bias) * gate` in `dtype`, to which it is rounded before the gate too."""
+    y = scaled(normed, scale, bias).astype(dtype)
     return y if gate is None else (y * gate).astype(dtype)

@@ -1,3 +1,3 @@
-from vssd_jax.kernels.mlp.api import mlp
+from vssd_jax.kernels.mlp.api import OPERATION, MLPParams, mlp
 
-__all__ = ["mlp"]
+__all__ = ["OPERATION", "MLPParams", "mlp"]

@@ -1,3 +1,9 @@
-from vssd_jax.kernels.nc_ssd.api import nc_ssd, nc_ssd_gated
+from vssd_jax.kernels.nc_ssd.api import (
+    GATED_OPERATION,
+    OPERATION,
+    applies_silu_on_load,
+    nc_ssd,
+    nc_ssd_gated,
+)
 
-__all__ = ["nc_ssd", "nc_ssd_gated"]
+__all__ = ["GATED_OPERATION", "OPERATION", "applies_silu_on_load", "nc_ssd", "nc_ssd_gated"]

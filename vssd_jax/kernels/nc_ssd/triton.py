@@ -1,69 +1,59 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton reads the annotations of its kernels: their pointers have none.)
 """NC-SSD as hand-written Triton kernels, called through jax-triton.
 
-The second GPU implementation, for the day when Pallas loses its Triton backend: the same kernels
-as `pallas.py`, see there for their division of the work. It needs `jax-triton`, which imports
-only where JAX's CUDA plugin is installed.
+A second implementation for NVIDIA GPUs, in case Pallas loses its Triton backend. It divides the
+work as `pallas.py` does. It needs `jax-triton`, which imports only where JAX's CUDA plugin is
+installed.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jax_triton
+import triton
+import triton.language as tl
+from jax import Array
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # without it `supports` says so, and nothing below is called
-    triton = tl = None
-
+from vssd_jax.kernels import dispatch, mesh
 from vssd_jax.kernels.layer_norm import layer_norm
 
 TOKENS = 32
 GRADIENT_WARPS = 8  # four would spill registers
-DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def supports(xbc, token_weights, *, inner, groups) -> str | None:
+def supports(
+    xbc: Array, token_weights: Array, inner: int, groups: int, **_: Any
+) -> str | None:
     """Why these arguments are out of reach, or None."""
-    try:
-        import jax_triton  # noqa: F401
-    except ImportError as error:
-        return f"jax-triton is not usable here ({error}); install it with `pip install jax-triton`"
-    if triton is None:
-        return "the package triton is not installed"
-    if xbc.dtype not in DTYPES:
-        return f"dtype {xbc.dtype} (it knows float32, bfloat16 and float16)"
     state, head_dim = (xbc.shape[-1] - inner) // (2 * groups), inner // token_weights.shape[-1]
     if _padded(state) * _padded(head_dim) > 128 * 128:
         return f"a state of {state} x {head_dim} (at most 128 x 128)"
-    if xbc.size >= 2**31:
-        return f"{xbc.size} elements (below 2^31)"
-    return None
+    dtypes = (jnp.float32, jnp.bfloat16, jnp.float16)
+    return dispatch.wrong_dtype(xbc, *dtypes) or mesh.too_large(xbc)
 
 
-def _padded(size):
+def _padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
-
-
-def _jit(kernel):
-    return kernel if triton is None else triton.jit(kernel)
 
 
 # --- Kernels: x|B|C has rows of WIDTH = HEADS * P + 2 * GROUPS * N --------------------------------
 
 
-@_jit
+@triton.jit
 def partial_state_kernel(
     x_ptr, xbc_ptr, w_ptr, out_ptr,
-    L: "tl.constexpr", CHUNK: "tl.constexpr", HEADS: "tl.constexpr", GROUPS: "tl.constexpr",
-    N: "tl.constexpr", P: "tl.constexpr", X_WIDTH: "tl.constexpr", SECOND: "tl.constexpr",
-    TOKENS: "tl.constexpr", NP: "tl.constexpr", PP: "tl.constexpr",
+    L: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, X_WIDTH: tl.constexpr, GRADIENT: tl.constexpr,
+    TOKENS: tl.constexpr, NP: tl.constexpr, PP: tl.constexpr,
 ):  # fmt: skip
-    """B^T (w * x) over a chunk of tokens; or C^T x (SECOND, without weights)."""
+    """B^T (w * x) over a chunk of tokens; or with GRADIENT, where x is dy, C^T x."""
     head, chunk, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width = HEADS * P + 2 * GROUPS * N
     n, p = tl.arange(0, NP), tl.arange(0, PP)
-    column = HEADS * P + (GROUPS * N if SECOND else 0) + (head % GROUPS) * N + n
+    column = HEADS * P + (GROUPS * N if GRADIENT else 0) + (head % GROUPS) * N + n
     acc = tl.zeros((NP, PP), tl.float32)
     for start in range(0, CHUNK, TOKENS):
         token = chunk * CHUNK + start + tl.arange(0, TOKENS)
@@ -76,7 +66,7 @@ def partial_state_kernel(
             xbc_ptr + row[None, :] * width + column[:, None],
             mask=(n < N)[:, None] & valid[None, :], other=0.0,
         )  # fmt: skip
-        if not SECOND:
+        if not GRADIENT:
             w = tl.load(w_ptr + row * HEADS + head, mask=valid, other=0.0)
             x = (x.to(tl.float32) * w[:, None]).to(x.dtype)
         acc += tl.dot(b, x, input_precision="ieee")
@@ -85,12 +75,12 @@ def partial_state_kernel(
     tl.store(out_ptr + out + n[:, None] * P + p[None, :], acc, mask=mask)
 
 
-@_jit
+@triton.jit
 def output_kernel(
     xbc_ptr, d_ptr, state_ptr, y_ptr,
-    L: "tl.constexpr", HEADS: "tl.constexpr", GROUPS: "tl.constexpr",
-    N: "tl.constexpr", P: "tl.constexpr",
-    TOKENS: "tl.constexpr", NP: "tl.constexpr", PP: "tl.constexpr",
+    L: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr,
+    TOKENS: tl.constexpr, NP: tl.constexpr, PP: tl.constexpr,
 ):  # fmt: skip
     """C state + D x for a block of tokens and a head."""
     head, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -114,12 +104,12 @@ def output_kernel(
     tl.store(y_ptr + row[:, None] * (HEADS * P) + head * P + p[None, :], y, mask=mask)
 
 
-@_jit
+@triton.jit
 def gradient_kernel(
     xbc_ptr, w_ptr, d_ptr, state_ptr, dstate_ptr, dy_ptr, dxbc_ptr, dw_ptr, dd_ptr,
-    L: "tl.constexpr", HEADS: "tl.constexpr", GROUPS: "tl.constexpr",
-    N: "tl.constexpr", P: "tl.constexpr",
-    TOKENS: "tl.constexpr", NP: "tl.constexpr", PP: "tl.constexpr",
+    L: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr,
+    TOKENS: tl.constexpr, NP: tl.constexpr, PP: tl.constexpr,
 ):  # fmt: skip
     """All gradients but the state's for a block of tokens and the heads of one group."""
     block, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -162,7 +152,7 @@ def gradient_kernel(
 # --- Calls ------------------------------------------------------------------------------------
 
 
-def _sizes(xbc, heads, inner, groups):
+def _sizes(xbc: Array, heads: int, inner: int, groups: int) -> dict[str, int]:
     state, head_dim = (xbc.shape[-1] - inner) // (2 * groups), inner // heads
     return {
         "L": xbc.shape[1],
@@ -176,19 +166,26 @@ def _sizes(xbc, heads, inner, groups):
     }
 
 
-def _blocks(length):
+def _blocks(length: int) -> int:
     return -(-length // TOKENS)
 
 
-def _call(kernel, args, grid, out_shape, num_warps=4, **sizes):
-    import jax_triton
-
+def _call(
+    kernel: Any,
+    args: tuple[Array, ...],
+    grid: tuple[int, ...],
+    out_shape: Any,
+    num_warps: int = 4,
+    **sizes: int,
+) -> Any:
     return jax_triton.triton_call(
         *args, kernel=kernel, grid=grid, out_shape=out_shape, num_warps=num_warps, **sizes
     )
 
 
-def _states(x, xbc, weights, sizes, *, second):
+def _states(
+    x: Array, xbc: Array, token_weights: Array, sizes: dict[str, int], *, gradient: bool
+) -> Array:
     batch, length = xbc.shape[:2]
     blocks = _blocks(length)
     chunk = -(-blocks // max(1, min(8, length // 384)))  # in blocks, as in pallas.py
@@ -196,26 +193,29 @@ def _states(x, xbc, weights, sizes, *, second):
     shape = (batch, chunks, sizes["HEADS"], sizes["N"], sizes["P"])
     parts = _call(
         partial_state_kernel,
-        (x, xbc, weights),
+        (x, xbc, token_weights),
         (sizes["HEADS"], chunks, batch),
         jax.ShapeDtypeStruct(shape, jnp.float32),
         CHUNK=chunk * TOKENS,
         X_WIDTH=x.shape[-1],
-        SECOND=second,
+        GRADIENT=gradient,
         **sizes,
     )
     return parts.sum(1).astype(xbc.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _nc_ssd(xbc, token_weights, d, inner, groups):
+def nc_ssd(xbc: Array, token_weights: Array, d: Array, inner: int, groups: int) -> Array:
+    """See `vssd_jax.kernels.nc_ssd.api.nc_ssd`."""
     return _forward(xbc, token_weights, d, inner, groups)[0]
 
 
-def _forward(xbc, token_weights, d, inner, groups):
+def _forward(
+    xbc: Array, token_weights: Array, d: Array, inner: int, groups: int
+) -> tuple[Array, tuple[Array, ...]]:
     sizes = _sizes(xbc, token_weights.shape[-1], inner, groups)
     batch, length = xbc.shape[:2]
-    state = _states(xbc, xbc, token_weights, sizes, second=False)
+    state = _states(xbc, xbc, token_weights, sizes, gradient=False)
     y = _call(
         output_kernel,
         (xbc, d, state),
@@ -226,11 +226,13 @@ def _forward(xbc, token_weights, d, inner, groups):
     return y, (xbc, token_weights, d, state)
 
 
-def _backward(inner, groups, saved, dy):
+def _backward(
+    inner: int, groups: int, saved: tuple[Array, ...], dy: Array
+) -> tuple[Array, Array, Array]:
     xbc, token_weights, d, state = saved
     sizes = _sizes(xbc, token_weights.shape[-1], inner, groups)
     batch, length = xbc.shape[:2]
-    dstate = _states(dy, xbc, token_weights, sizes, second=True)
+    dstate = _states(dy, xbc, token_weights, sizes, gradient=True)
     blocks = _blocks(length)
     dxbc, dw, dd = _call(
         gradient_kernel,
@@ -247,16 +249,23 @@ def _backward(inner, groups, saved, dy):
     return dxbc, dw.astype(token_weights.dtype), dd.sum((0, 1)).astype(d.dtype)
 
 
-_nc_ssd.defvjp(_forward, _backward)
+nc_ssd.defvjp(_forward, _backward)
 
 
-def nc_ssd(xbc, token_weights, d, *, inner, groups):
-    """See `vssd_jax.kernels.nc_ssd.api.nc_ssd`."""
-    return _nc_ssd(xbc, token_weights, d, inner, groups)
-
-
-def nc_ssd_gated(xbc, token_weights, d, z, scale, bias, *, inner, groups, epsilon, silu=False):
+def nc_ssd_gated(
+    xbc: Array,
+    token_weights: Array,
+    d: Array,
+    z: Array,
+    scale: Array,
+    bias: Array,
+    *,
+    inner: int,
+    groups: int,
+    epsilon: float,
+    silu: bool = False,
+) -> Array:
     """See `vssd_jax.kernels.nc_ssd.api.nc_ssd_gated`; SiLU, norm and gate are left to XLA."""
     xbc = jax.nn.silu(xbc) if silu else xbc
-    y = nc_ssd(xbc, token_weights, d, inner=inner, groups=groups)
+    y = nc_ssd(xbc, token_weights, d, inner, groups)
     return layer_norm(y, scale, bias, z, epsilon, implementation="xla")

@@ -1,31 +1,32 @@
-"""NC-SSD in plain JAX: the reference of the other implementations, and the fallback."""
+"""NC-SSD in plain JAX."""
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from vssd_jax.kernels.layer_norm import layer_norm
 
 
 def nc_ssd(
-    xbc: jax.Array, token_weights: jax.Array, d: jax.Array, *, inner: int, groups: int
-) -> jax.Array:
+    xbc: Array, token_weights: Array, d: Array, *, inner: int, groups: int
+) -> Array:
     """See `vssd_jax.kernels.nc_ssd.api.nc_ssd`."""
     batch, length, width = xbc.shape
     head_dim = inner // token_weights.shape[-1]
     x, b, c = jnp.split(xbc, (inner, (inner + width) // 2), axis=-1)
     acc = jnp.promote_types(x.dtype, jnp.float32)
 
-    def by_group(t, size):
+    def by_group(t: Array, size: int) -> Array:
         """(B, L, ...), each `size` columns of another group in turn -> (B * groups, L, ...)."""
         t = t.reshape(batch, length, -1, groups, size)
         return jnp.moveaxis(t, 3, 1).reshape(batch * groups, length, -1)
 
-    # Flat arrays, and the groups (one, mostly) beside the batch: two products with no transposed
+    # Flat arrays, with the groups (mostly one) beside the batch: two products without a transposed
     # copy. Head i belongs to group i mod groups.
     weighted = (x.astype(acc) * jnp.repeat(token_weights, head_dim, axis=-1)).astype(x.dtype)
     weighted = by_group(weighted, head_dim)
     b, c = (by_group(t, t.shape[-1] // groups) for t in (b, c))
-    # The state grows with the number of tokens, hence the wide accumulator.
+    # The state is a sum over all tokens, hence the wide accumulator.
     state = jnp.einsum("bln,bld->bnd", b, weighted, preferred_element_type=acc)
     y = jnp.einsum("bln,bnd->bld", c, state.astype(c.dtype), preferred_element_type=acc)
     y = jnp.moveaxis(y.reshape(batch, groups, length, -1, head_dim), 1, 3).reshape(x.shape)
@@ -34,18 +35,18 @@ def nc_ssd(
 
 
 def nc_ssd_gated(
-    xbc: jax.Array,
-    token_weights: jax.Array,
-    d: jax.Array,
-    z: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
+    xbc: Array,
+    token_weights: Array,
+    d: Array,
+    z: Array,
+    scale: Array,
+    bias: Array,
     *,
     inner: int,
     groups: int,
     epsilon: float,
     silu: bool = False,
-) -> jax.Array:
+) -> Array:
     """See `vssd_jax.kernels.nc_ssd.api.nc_ssd_gated`."""
     xbc = jax.nn.silu(xbc) if silu else xbc
     y = nc_ssd(xbc, token_weights, d, inner=inner, groups=groups)

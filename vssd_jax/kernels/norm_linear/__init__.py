@@ -1,3 +1,3 @@
-from vssd_jax.kernels.norm_linear.api import norm_linear
+from vssd_jax.kernels.norm_linear.api import OPERATION, norm_linear
 
-__all__ = ["norm_linear"]
+__all__ = ["OPERATION", "norm_linear"]

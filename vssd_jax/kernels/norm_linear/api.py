@@ -1,24 +1,33 @@
-"""LayerNorm, and linear layers of what it gives."""
-
-import functools
+"""LayerNorm, and linear layers of its result."""
 
 import jax
 
-from vssd_jax.kernels import dispatch
-from vssd_jax.kernels.norm_linear import xla
+from vssd_jax.kernels import dispatch, layer_norm
+from vssd_jax.types import Array, Float
+
+OPERATION = dispatch.Operation(
+    "norm_linear",
+    {
+        "pallas": dispatch.Implementation(
+            "vssd_jax.kernels.norm_linear.pallas", dispatch.pallas_triton, backward=False
+        ),
+        "xla": dispatch.plain("vssd_jax.kernels.norm_linear.xla"),
+    },
+    parts=(layer_norm.OPERATION,),
+)
 
 
 def norm_linear(
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    kernel: jax.Array,
+    x: Float[Array, "B *tokens C"],
+    scale: Float[Array, "C"],
+    bias: Float[Array, "C"],
+    kernel: Float[Array, "C columns"],
     *,
     widths: tuple[int, ...],
-    dtypes: tuple,
+    dtypes: tuple[jax.typing.DTypeLike, ...],
     epsilon: float = 1e-5,
     implementation: str | None = None,
-) -> tuple[jax.Array, ...]:
+) -> tuple[Float[Array, "B *tokens _"], ...]:
     """`LayerNorm(x) kernel`, in parts of `widths` columns.
 
     Parts instead of one array: a row of z|x|B|C|dt is not aligned for a GPU.
@@ -30,34 +39,21 @@ def norm_linear(
       widths: columns of each result.
       dtypes: of each result; the products are accumulated in float32 at least.
       epsilon: of the LayerNorm.
-      implementation: "xla", "pallas", or None for the device's best: on a GPU a kernel in
-        inference, for 16 bits and few channels. Gradients are those of the operations one by one.
+      implementation: "xla", "pallas" (on an NVIDIA GPU, for inference in 16 bits with few
+        channels; its gradient is that of "xla"), or see
+        `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:
       For each width an array (B, ..., width).
 
     Raises:
-      UserError: if a forced implementation cannot run here.
+      UserError: see `choose`.
     """
-    options = {"widths": tuple(widths), "dtypes": tuple(dtypes), "epsilon": epsilon}
-    other = dispatch.of_other_kernels(implementation)
-    plain = functools.partial(xla.norm_linear, **options, implementation=other)
-
-    def reason(here):
-        # Imported late: Pallas takes a while, and a CPU has no use for it.
-        from vssd_jax.kernels.norm_linear import pallas
-
-        return here.lacks_triton() or pallas.supports(x)
-
-    if implementation is None and reason(dispatch.target()):
-        implementation = "xla"  # no news: the kernel is for the cases in which it is faster
-    reasons = {"pallas": reason, "triton": lambda here: "there is no such kernel"}
-    name = "the norm and linear layer"
-    if dispatch.choose(name, implementation, reasons, automatic="pallas") == "xla":
-        return plain(x, scale, bias, kernel)
-    from vssd_jax.kernels.norm_linear import pallas
-
-    def run(x, *weights):
-        return dispatch.over_batch(functools.partial(pallas.norm_linear, **options), (x,), weights)
-
-    return dispatch.for_inference(run, plain)(x, scale, bias, kernel)
+    return OPERATION.run(
+        implementation,
+        {"x": x},
+        {"scale": scale, "bias": bias, "kernel": kernel},
+        widths=tuple(widths),
+        dtypes=tuple(dtypes),
+        epsilon=epsilon,
+    )

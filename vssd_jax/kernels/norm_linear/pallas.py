@@ -5,29 +5,36 @@ the registers.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import pallas as pl
 
-from vssd_jax.kernels import tiles
+from vssd_jax.kernels import dispatch, mesh, tiles
 
 TILE = 64  # columns of the result at a time
 MAX_CHANNELS = 256
 
 
-def supports(x) -> str | None:
-    """Why this argument is out of reach, or None."""
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"dtype {x.dtype} (it knows bfloat16 and float16)"
+def supports(x: Array, **_: Any) -> str | None:
+    """Why these arguments are out of reach, or None."""
     if x.shape[-1] > MAX_CHANNELS:
         return f"{x.shape[-1]} channels (at most {MAX_CHANNELS})"
-    if x.size >= 2**29:  # the results are wider
-        return f"{x.size} elements (below 2^29)"
-    return None
+    # The results are up to four times as wide as `x`.
+    return dispatch.wrong_dtype(x, jnp.bfloat16, jnp.float16) or mesh.too_large(x, factor=4)
 
 
-def _kernel(x_ref, scale_ref, bias_ref, kernel_ref, *out_refs, block, epsilon):
+def _kernel(
+    x_ref: Any,
+    scale_ref: Any,
+    bias_ref: Any,
+    kernel_ref: Any,
+    *out_refs: Any,
+    block: int,
+    epsilon: float,
+) -> None:
     length, channels = x_ref.shape
     rows = tiles.span(pl.program_id(0) * block, block, length)
     inputs = tiles.span(0, tiles.padded(channels), channels)
@@ -38,7 +45,14 @@ def _kernel(x_ref, scale_ref, bias_ref, kernel_ref, *out_refs, block, epsilon):
         width = out_ref.shape[-1]
         tile = min(TILE, tiles.padded(width))
 
-        def write(i, _, out_ref=out_ref, start=start, width=width, tile=tile):
+        def write(
+            i: Array,
+            _: None,
+            out_ref: Any = out_ref,
+            start: int = start,
+            width: int = width,
+            tile: int = tile,
+        ) -> None:
             columns, valid = tiles.span(i * tile, tile, width)
             part = tiles.load(kernel_ref, inputs, (start + columns, valid))
             tiles.store(out_ref, tiles.dot(normed, part), rows, (columns, valid))
@@ -47,8 +61,17 @@ def _kernel(x_ref, scale_ref, bias_ref, kernel_ref, *out_refs, block, epsilon):
         start += width
 
 
-def norm_linear(x, scale, bias, kernel, *, widths, dtypes, epsilon, interpret=False):
-    """See `vssd_jax.kernels.norm_linear.api.norm_linear`. `interpret` runs it on a CPU."""
+def norm_linear(
+    x: Array,
+    scale: Array,
+    bias: Array,
+    kernel: Array,
+    *,
+    widths: tuple[int, ...],
+    dtypes: tuple[jax.typing.DTypeLike, ...],
+    epsilon: float,
+) -> tuple[Array, ...]:
+    """See `vssd_jax.kernels.norm_linear.api.norm_linear`."""
     rows = x.reshape(-1, x.shape[-1])
     block = 128 if x.shape[-1] <= 128 else 64
     outputs = tiles.call(
@@ -60,7 +83,6 @@ def norm_linear(x, scale, bias, kernel, *, widths, dtypes, epsilon, interpret=Fa
             for width, dtype in zip(widths, dtypes, strict=True)
         ),
         (rows, scale, bias, kernel.astype(x.dtype)),
-        interpret=interpret,
         num_warps=8,
     )
     return tuple(y.reshape(*x.shape[:-1], -1) for y in outputs)

@@ -1,36 +1,54 @@
 """The NC-SSD mixer after its input projection as two Pallas kernels (Triton), for inference.
 
-The first convolves x and B and adds up the state; the second convolves x and C, multiplies C with
-the state and goes on to the residual sum without writing anything in between. The convolution is
-done in both: nine multiply-adds cost less than a round trip of x|B|C through the memory.
+The first convolves x and B and sums up the state. The second convolves x and C and computes all
+the rest up to the residual sum, without writing anything in between. Both convolve x: nine
+multiply-adds cost less than to write xbc to memory and to read it again.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import pallas as pl
 
-from vssd_jax.kernels import tiles
+from vssd_jax.kernels import dispatch, tiles
 from vssd_jax.kernels.nc_ssd import pallas as nc_ssd
-from vssd_jax.kernels.tiles import f32
+from vssd_jax.kernels.nc_ssd_mixer.api import MixerParams
+from vssd_jax.kernels.tiles import Span, f32
 
 MAX_CHANNELS = 512
 
 
-def supports(x, xbc, token_weights, z, branch_weights, *, groups) -> str | None:
+def supports(
+    x: Array,
+    xbc: Array,
+    token_weights: Array,
+    z: Array,
+    branch_scale: Array | None,
+    groups: int,
+    **_: Any,
+) -> str | None:
     """Why these arguments are out of reach, or None."""
-    if branch_weights is not None:
+    if branch_scale is not None:
         return "stochastic depth (the kernels are for inference)"
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"dtype {x.dtype} (they know bfloat16 and float16)"
     if x.shape[-1] > MAX_CHANNELS:
         return f"{x.shape[-1]} channels (at most {MAX_CHANNELS})"
-    flat = (t.reshape(len(t), -1, t.shape[-1]) for t in (xbc, token_weights))
-    return nc_ssd.supports(*flat, inner=z.shape[-1], groups=groups)
+    return dispatch.wrong_dtype(x, jnp.bfloat16, jnp.float16) or nc_ssd.supports(
+        xbc, token_weights, inner=z.shape[-1], groups=groups
+    )
 
 
-def _convolved(ref, kernel_ref, bias_ref, batch, token, columns, picture):
+def _convolved(
+    ref: Any,
+    kernel_ref: Any,
+    bias_ref: Any,
+    batch: Array,
+    token: Array,
+    columns: Span,
+    picture: tuple[int, ...],
+) -> Array:
     """SiLU of the 3x3 convolution at the tokens `token`, in the columns `columns`."""
     height, width = picture
     row, column = jax.lax.div(token, width), jax.lax.rem(token, width)
@@ -44,19 +62,28 @@ def _convolved(ref, kernel_ref, bias_ref, batch, token, columns, picture):
     return jax.nn.silu(acc).astype(ref.dtype)
 
 
-def _state_kernel(xbc_ref, w_ref, kernel_ref, bias_ref, out_ref, *, sizes, picture):
+def _state_kernel(
+    xbc_ref: Any,
+    w_ref: Any,
+    kernel_ref: Any,
+    bias_ref: Any,
+    out_ref: Any,
+    *,
+    sizes: nc_ssd.Sizes,
+    picture: tuple[int, ...],
+) -> None:
     head, chunk, batch = (pl.program_id(axis) for axis in range(3))
-    columns, states = sizes.tile(head), sizes.group_tile(head, second=False)
-    block = sizes.halved().tokens  # the convolution takes registers: more would spill
+    x_columns, b_columns = sizes.x_columns(head), sizes.b_columns(head)
+    block = sizes.halved().tokens  # the convolution takes registers: with more they would spill
     steps = sizes.chunk // block
 
-    def body(i, acc):
+    def body(i: Array, acc: Array) -> Array:
         rows = tiles.span((chunk * steps + i) * block, block, sizes.length)
         x, b = (
-            _convolved(xbc_ref, kernel_ref, bias_ref, batch, rows[0], part, picture)
-            for part in (columns, states)
+            _convolved(xbc_ref, kernel_ref, bias_ref, batch, rows[0], columns, picture)
+            for columns in (x_columns, b_columns)
         )
-        # Zero beyond the last token, where the convolution is not.
+        # The token weights are zero beyond the last token; the convolution is not.
         w = tiles.load(w_ref, batch, rows, head)
         return acc + tiles.dot(b.T, (x.astype(f32) * w[:, None]).astype(x.dtype))
 
@@ -66,28 +93,41 @@ def _state_kernel(xbc_ref, w_ref, kernel_ref, bias_ref, out_ref, *, sizes, pictu
 
 
 def _output_kernel(
-    residual_ref, xbc_ref, z_ref, state_ref, kernel_ref, conv_bias_ref, d_ref, scale_ref, bias_ref,
-    out_kernel_ref, out_ref, *, sizes, picture, block, epsilon,
-):  # fmt: skip
+    residual_ref: Any,
+    xbc_ref: Any,
+    z_ref: Any,
+    state_ref: Any,
+    kernel_ref: Any,
+    conv_bias_ref: Any,
+    d_ref: Any,
+    scale_ref: Any,
+    bias_ref: Any,
+    out_kernel_ref: Any,
+    out_ref: Any,
+    *,
+    sizes: nc_ssd.Sizes,
+    picture: tuple[int, ...],
+    block: int,
+    epsilon: float,
+) -> None:
     batch = pl.program_id(1)
     rows = tiles.span(pl.program_id(0) * block, block, sizes.length)
     channels = tiles.span(0, tiles.padded(out_ref.shape[-1]), out_ref.shape[-1])
 
-    def convolved(columns):
+    def convolved(columns: Span) -> Array:
         return _convolved(xbc_ref, kernel_ref, conv_bias_ref, batch, rows[0], columns, picture)
 
-    def c_of(head):
-        return convolved(sizes.group_tile(head, second=True))
+    # With one group, C is the same for all heads.
+    shared_c = convolved(sizes.c_columns(0)) if sizes.groups == 1 else None
 
-    shared = c_of(0) if sizes.groups == 1 else None
-
-    def head_output(head):
-        x, c = convolved(sizes.tile(head)), c_of(head) if shared is None else shared
-        y = tiles.dot(c, nc_ssd.state_tile(state_ref, sizes, batch, head))
+    def head_output(head: Array) -> Array:
+        x = convolved(sizes.x_columns(head))
+        c = convolved(sizes.c_columns(head)) if shared_c is None else shared_c
+        y = tiles.dot(c, nc_ssd.load_state(state_ref, sizes, batch, head))
         return (y + d_ref[head].astype(f32) * x.astype(f32)).astype(out_ref.dtype)
 
-    def project(head, normed, out):
-        columns = sizes.tile(head)
+    def project(head: Array, normed: Array, out: Array) -> Array:
+        columns = sizes.x_columns(head)
         gated = normed.astype(out_ref.dtype) * tiles.load(z_ref, batch, rows, columns)
         return out + tiles.dot(gated, tiles.load(out_kernel_ref, columns, channels))
 
@@ -100,39 +140,51 @@ def _output_kernel(
 
 
 def nc_ssd_mixer(
-    x, xbc, token_weights, z, conv_kernel, conv_bias, d, scale, bias, out_kernel,
-    *, groups, epsilon, interpret=False,
-):  # fmt: skip
-    """See `vssd_jax.kernels.mixer.api.nc_ssd_mixer`. `interpret` runs the kernels on a CPU."""
+    x: Array,
+    xbc: Array,
+    token_weights: Array,
+    z: Array,
+    branch_scale: None,
+    params: MixerParams,
+    *,
+    groups: int,
+    epsilon: float,
+) -> Array:
+    """See `vssd_jax.kernels.nc_ssd_mixer.api.nc_ssd_mixer`."""
     batch, *picture, channels = x.shape
     inner = z.shape[-1]
     xbc, token_weights, z = (t.reshape(batch, -1, t.shape[-1]) for t in (xbc, token_weights, z))
     sizes = nc_ssd.Sizes.of(xbc, token_weights, inner, groups)
-    picture = tuple(picture)
     state = nc_ssd.states(
-        functools.partial(_state_kernel, picture=picture),
+        functools.partial(_state_kernel, picture=tuple(picture)),
         "mixer_state",
-        (xbc, token_weights, conv_kernel, conv_bias),
+        (xbc, token_weights, params.conv_kernel, params.conv_bias),
         sizes,
         dtype=xbc.dtype,
-        interpret=interpret,
         num_warps=8,
         num_stages=1,  # nine loads a tile: more would not fit into the shared memory
     )
     block = 64 if channels <= 128 else 32
     y = tiles.call(
         functools.partial(
-            _output_kernel, sizes=sizes, picture=picture, block=block, epsilon=epsilon
+            _output_kernel, sizes=sizes, picture=tuple(picture), block=block, epsilon=epsilon
         ),
         "mixer_output",
         (pl.cdiv(sizes.length, block), batch),
         jax.ShapeDtypeStruct((batch, sizes.length, channels), x.dtype),
         (
-            x.reshape(batch, -1, channels), xbc, z, state, conv_kernel, conv_bias, d, scale, bias,
-            out_kernel.astype(x.dtype),
+            x.reshape(batch, -1, channels),
+            xbc,
+            z,
+            state,
+            params.conv_kernel,
+            params.conv_bias,
+            params.d,
+            params.scale,
+            params.bias,
+            params.out_kernel.astype(x.dtype),
         ),
-        interpret=interpret,
         num_warps=8,
         num_stages=1,
-    )  # fmt: skip
+    )
     return y.reshape(x.shape)

@@ -1,0 +1,3 @@
+from vssd_jax.kernels.linear.api import OPERATION, linear
+
+__all__ = ["OPERATION", "linear"]

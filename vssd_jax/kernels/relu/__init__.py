@@ -1,0 +1,3 @@
+from vssd_jax.kernels.relu.api import OPERATION, relu
+
+__all__ = ["OPERATION", "relu"]

@@ -1,0 +1,3 @@
+from vssd_jax.kernels.silu.api import OPERATION, silu
+
+__all__ = ["OPERATION", "silu"]
