@@ -227,7 +227,7 @@ class UperNet(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        self.config = config
+        self.config, self.aux_weight = config, config.aux_weight
         self.num_classes = config.num_classes if num_classes is None else num_classes
         self.precision = Precision(jnp.dtype(dtype))
         self.backbone = config.backbone.make_backbone(

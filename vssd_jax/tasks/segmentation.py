@@ -104,7 +104,7 @@ class Segmentation(BaseTask[SegmentationSource]):
         """Cross-entropy of both heads."""
         outputs = model(batch["image"], rngs)
         return metrics.segmentation_loss(
-            outputs, batch["label"], aux_weight=model.config.aux_weight
+            outputs, batch["label"], aux_weight=model.aux_weight
         )
 
     def eval_step(self, model: UperNet, batch: Batch) -> dict[str, jax.Array]:

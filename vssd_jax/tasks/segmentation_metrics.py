@@ -43,17 +43,19 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def segmentation_loss(
-    outputs: tuple[jax.Array, jax.Array], labels: jax.Array, *, aux_weight: float = 0.4
+    outputs: tuple[jax.Array, ...], labels: jax.Array, *, aux_weight: float = 0.4
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of UperNet's two heads and its parts.
+    """The loss of a segmentor's heads and its parts.
 
     Args:
-      outputs: logits of the decoder and of the auxiliary head, at any size.
+      outputs: logits of the decoder and, if there is one, of the auxiliary head, at any size.
       labels: (B, H, W) integers.
       aux_weight: of the auxiliary head.
     """
-    decode, auxiliary = (pixel_cross_entropy(logits, labels) for logits in outputs)
-    return decode + aux_weight * auxiliary, {"decode": decode, "auxiliary": auxiliary}
+    decode, *auxiliary = (pixel_cross_entropy(logits, labels) for logits in outputs)
+    if not auxiliary:
+        return decode, {"decode": decode}
+    return decode + aux_weight * auxiliary[0], {"decode": decode, "auxiliary": auxiliary[0]}
 
 
 # --- Predictions ------------------------------------------------------------------------------

@@ -1,0 +1,85 @@
+"""A backbone, a dataset, a head and a kernel that the package does not know, each in one file.
+
+Each is registered from its file, trained for a few steps through `train.py` and evaluated through
+`eval.py`; nothing in the package names them.
+"""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from vssd_jax.data.datasets import digits_detection, digits_segmentation
+from vssd_jax.training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """One folder for all tasks: COCO's layout, ADE20K's, and the digits that a run prepares."""
+    folder = tmp_path_factory.mktemp("data") / "data"
+    digits_segmentation.write(folder, sizes={"training": 8, "validation": 4})
+    scenes = digits_detection.prepare(folder, train=8, test=4)
+    for ours, theirs in (("train", "train2017"), ("test", "val2017")):
+        (scenes / ours).rename(folder / theirs)
+        annotations = scenes / "annotations" / f"instances_{ours}.json"
+        annotations.rename(folder / "annotations" / f"instances_{theirs}.json")
+    return folder
+
+
+def command(script, config, *arguments):
+    done = subprocess.run(
+        [sys.executable, script, f"--config=tests/extending/{config}", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def train_and_evaluate(config, folder, data_dir):
+    """Losses by step, and the last line of the evaluation."""
+    data = f"--config.data_dir={data_dir}"
+    command("train.py", config, f"--workdir={folder / 'run'}", data)
+    lines = read_metrics(folder / "run")
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    printed = command("eval.py", config, f"--weights={folder / 'run'}", data)
+    results = json.loads(printed.splitlines()[-1])
+    saved = {name: value for name, value in lines[-1].items() if name.startswith("val/")}
+    assert saved
+    assert {name: results[name] for name in saved} == saved
+    return losses, results
+
+
+@pytest.mark.parametrize(
+    ("config", "metric"),
+    [
+        ("toy_backbone.py:classification", "val/top1"),
+        ("toy_backbone.py:detection", "val/box_map"),
+        ("toy_backbone.py:segmentation", "val/miou"),
+        ("toy_dataset.py", "val/top5"),
+        ("toy_head.py", "val/miou"),
+    ],
+)
+def test_a_stranger_trains_and_is_evaluated(config, metric, tmp_path, data_dir):
+    losses, results = train_and_evaluate(config, tmp_path, data_dir)
+    assert len(losses) == 3
+    assert np.isfinite(losses).all()
+    assert losses[0] != losses[-1]
+    assert results["parameters"] > 0
+    assert results["multiply_adds"] > 0
+    assert 0 <= results[metric] <= 1
+
+
+def test_a_kernel_takes_part_and_agrees(tmp_path, data_dir):
+    """The same run with the toy kernel and without: losses agree but for rounding."""
+    losses, results = train_and_evaluate("toy_kernel.py", tmp_path / "toy", data_dir)
+    expected, expected_results = train_and_evaluate(
+        "toy_kernel.py:xla", tmp_path / "xla", data_dir
+    )
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    assert losses != expected  # it was another program
+    assert results["val/loss"] == pytest.approx(expected_results["val/loss"], rel=1e-4)
