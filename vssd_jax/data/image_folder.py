@@ -15,10 +15,10 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".
 class ImageFolder:
     """The pictures in `root/split/<class>/`, a `LabelledSource`.
 
-    Labels number the classes in
-    the order of their folders' names. Where there is a `train` folder, its classes count for every
-    split, so that a validation set that lacks a class keeps its labels. Pictures are ordered by
-    class and file name; hidden files are ignored, and so are folders inside a class's.
+    Labels number the classes in the order of their names. Where there is a `train` folder, its
+    classes count for every split, so that a validation set that lacks a class keeps its labels.
+    Pictures are ordered by class and file name; hidden files are ignored, and so are folders inside
+    a class's.
 
     Args:
       root: the folder that holds the splits.

@@ -88,7 +88,7 @@ class BaseTask(Generic[SourceT]):
         )
 
     def check(self, metrics: dict[str, float]) -> None:
-        """Raises a UserError if the averages of the last steps show broken data; never by default."""
+        """Raises a UserError if the averages of the last steps show broken data; the default finds none."""
 
     def _train_batches(
         self, source: Source, transform: Callable, start_step: int, *, shuffle: bool = True
