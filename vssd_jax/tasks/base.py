@@ -88,7 +88,7 @@ class BaseTask(Generic[SourceT]):
         )
 
     def check(self, metrics: dict[str, float]) -> None:
-        """Raises a UserError if the averages of the last steps show broken data; here it never does."""
+        """Raises a UserError if the logged averages show broken data; here it never does."""
 
     def _train_batches(
         self, source: Source, transform: Callable, start_step: int, *, shuffle: bool = True
