@@ -8,17 +8,17 @@ import numpy as np
 
 from vssd_jax.errors import UserError
 
-# What a file is, its content decides; the ending only tells pictures from everything else.
+# Of the files that count as pictures; the format is read from the content.
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 class ImageFolder:
-    """A random-access source of the pictures in `root/split/<class>/`.
+    """The pictures in `root/split/<class>/`, a `LabelledSource`.
 
-    `source[i]` is a dict with `image` (encoded bytes) and `label`. Labels number the classes in
-    the order of their folders' names. Where there is a `train` folder, its classes count for every
-    split, so that a validation set that lacks a class keeps its labels. Pictures are ordered by
-    class and file name; hidden files are ignored, and so are folders inside a class's.
+    Labels number the classes in the order of their names. Where there is a `train` folder, its
+    classes count for every split, so that a validation set that lacks a class keeps its labels.
+    Pictures are ordered by class and file name; hidden files are ignored, and so are folders inside
+    a class's.
 
     Args:
       root: the folder that holds the splits.

@@ -4,8 +4,8 @@
     python -m vssd_jax.data.prepare_imagenet --manual-dir archives --data-dir data
 
 `archives` holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org. It
-takes about an hour and 160 GB beside the archives. TensorFlow is needed here only: training and
-evaluation read the files without it.
+takes about an hour and 160 GB beside the archives. Only this command needs TensorFlow: training
+and evaluation read the files without it.
 """
 
 import argparse

@@ -29,9 +29,9 @@ class Dataset:
         files in `config.data_dir` are not what they should be.
       class_names: of the labels, where they are known without reading files; otherwise the sources
         have them.
-      transforms: config to the transforms for training and for evaluation, as `TrainTransform` and
-        `EvalTransform` of `classification_transforms`, which None stands for. For classification;
-        the transforms of detection and segmentation are those of the task.
+      transforms: config to the transforms for training and for evaluation, of the form of
+        `TrainTransform` and `EvalTransform` in `classification_transforms`; None takes these. Only
+        for classification: detection and segmentation have transforms of their own.
     """
 
     name: str

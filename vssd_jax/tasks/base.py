@@ -66,7 +66,7 @@ class BaseTask(Generic[SourceT]):
         return len(self.source("train"))
 
     def source(self, split: str) -> SourceT:
-        """The samples of "train" or "val"; opened once."""
+        """The samples of "train" or "val"."""
         if split not in self._sources:
             self._sources[split] = self._open(split)
         return self._sources[split]
@@ -88,7 +88,7 @@ class BaseTask(Generic[SourceT]):
         )
 
     def check(self, metrics: dict[str, float]) -> None:
-        """Raises a UserError if the averages of the last steps show broken data; by default no."""
+        """Raises a UserError if the logged averages show broken data; here it never does."""
 
     def _train_batches(
         self, source: Source, transform: Callable, start_step: int, *, shuffle: bool = True

@@ -50,14 +50,14 @@ class DigitsBuilder(tfds.core.GeneratorBasedBuilder):
         self, images: np.ndarray, labels: np.ndarray
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            # Encoded here: TFDS would need TensorFlow to encode an array.
+            # As a PNG: TFDS would need TensorFlow to encode an array.
             png = io.BytesIO()
             Image.fromarray(image).save(png, "png")
             yield index, {"image": io.BytesIO(png.getvalue()), "label": int(label)}
 
 
 class Digits:
-    """A random-access source of `{"image": PNG bytes, "label": int}`; prepared when first used.
+    """The digits as PNGs, a `LabelledSource`; prepared when first used.
 
     Args:
       data_dir: where the dataset is, or will be.
@@ -142,7 +142,7 @@ def open_split(config: ml_collections.ConfigDict, split: str) -> Digits:
 
 
 def transforms(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
-    """For training and for evaluation: small pictures, which are not to be mirrored."""
+    """For training and for evaluation; a mirrored digit would be another shape."""
     return TrainTransform(config.image_size), EvalTransform(config.image_size)
 
 

@@ -19,7 +19,7 @@ from vssd_jax.errors import UserError
 CLASSES = tuple(map(str, range(NUM_CLASSES)))
 SIZE = (128, 160)
 MAX_OBJECTS = 6
-_VERSION = 1  # of what `prepare` makes; a new number makes old folders be made again
+_VERSION = 1  # of the scenes: a new number lets `prepare` make them anew
 _SPLITS = ("train", "test")
 
 

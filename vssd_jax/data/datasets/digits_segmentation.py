@@ -19,7 +19,7 @@ from vssd_jax.errors import UserError
 CLASSES = ("background", *map(str, range(scenes.NUM_CLASSES)))
 SIZES = {"training": 2000, "validation": 200}
 
-_VERSION = 1  # of what `prepare` makes; a new number makes old folders be made again
+_VERSION = 1  # of the scenes: a new number lets `prepare` make them anew
 _HANDWRITING = {"training": "train", "validation": "test"}
 
 
