@@ -63,7 +63,7 @@ def classification_config() -> ml_collections.ConfigDict:
     config.mixup_alpha = 0.0
     config.cutmix_alpha = 0.0
     config.cutmix_probability = 0.5  # of a batch, where both are on; otherwise mixup
-    config.augmentation = {}  # fields of vssd_jax.data.transforms.TrainTransform
+    config.augmentation = {}  # fields of vssd_jax.data.classification_transforms.TrainTransform
     config.mesa = 0.0  # weight of the distance to the averaged model; 0: none
     config.mesa_start_epoch = 0
     # A folder for decoded training pictures, where the processors cannot keep up.

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-from vssd_jax.data.transforms import TrainTransform
+from vssd_jax.data.classification_transforms import TrainTransform
 from vssd_jax.models.family import make_config
 from vssd_jax.models.mask_rcnn import MaskRCNNConfig
 from vssd_jax.models.vssd import VSSDConfig

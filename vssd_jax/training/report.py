@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from clu import parameter_overview
 
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
@@ -47,13 +46,19 @@ def describe(config: Mapping[str, Any], mesh: jax.sharding.Mesh, state: TrainSta
             f"versions: {', '.join(versions)}",
             f"devices: {len(devices)} {devices[0].device_kind}, {jax.process_count()} processes",
             f"mesh: {axes}",
-            parameter_overview.get_parameter_overview(
-                state.params, include_stats=False, max_lines=None
-            ),
+            _parameter_table(state.params),
             f"config: {json.dumps(config, indent=2)}",
             f"memory per device: state {_size(device_bytes(state))}",
         )
     )
+
+
+def _parameter_table(params: Mapping[str, jax.Array]) -> str:
+    """A line for each parameter: name, shape, number of values; and the total."""
+    rows = [(name, str(leaf.shape), f"{leaf.size:,}") for name, leaf in params.items()]
+    rows.append(("parameters", "", f"{sum(leaf.size for leaf in params.values()):,}"))
+    name, shape, size = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(f"{n:<{name}}  {s:<{shape}}  {c:>{size}}" for n, s, c in rows)
 
 
 def check_memory(needed: int, what: str) -> None:
