@@ -16,37 +16,35 @@ import jax.numpy as jnp
 from benchmarks import common
 from vssd_jax.errors import UserError
 from vssd_jax.host import compiler_options
+from vssd_jax.kernels import dispatch
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
-from vssd_jax.kernels.dispatch import IMPLEMENTATIONS
 from vssd_jax.kernels.layer_norm import layer_norm
-from vssd_jax.kernels.mixer import nc_ssd_mixer
-from vssd_jax.kernels.mlp import mlp
+from vssd_jax.kernels.mlp import MLPParams, mlp
 from vssd_jax.kernels.nc_ssd import nc_ssd, nc_ssd_gated, specs
+from vssd_jax.kernels.nc_ssd_mixer import MixerParams, nc_ssd_mixer
 from vssd_jax.kernels.norm_linear import norm_linear
 from vssd_jax.models.vssd import VSSDConfig
 
 
 def operations(model: str, batch: int, dtype):
-    """Yields (name, function that takes `implementation`, arguments)."""
+    """Yields (operation, size, function that takes `implementation`, arguments)."""
     config = getattr(VSSDConfig, model)()
     for spec in (s for s in specs.NETWORK if s.name.startswith(model)):
         a = spec.arguments(batch, dtype)
         options = {"inner": spec.inner, "groups": spec.groups}
         bare = [a[name] for name in ("xbc", "token_weights", "d")]
-        yield f"nc_ssd {spec.name}", functools.partial(nc_ssd, **options), bare
+        yield "nc_ssd", spec.name, functools.partial(nc_ssd, **options), bare
         gated = [*bare, a["z"], a["scale"], a["bias"]]
         gated_op = functools.partial(nc_ssd_gated, silu=True, **options)
-        yield f"nc_ssd_gated {spec.name}", gated_op, gated
+        yield "nc_ssd_gated", spec.name, gated_op, gated
         side = int(spec.length**0.5)
         x = a["xbc"].reshape(batch, side, side, -1)
         kernel = jnp.ones((3, 3, spec.width), jnp.float32) / 9
+        yield "depthwise_conv", spec.name, depthwise_conv, [x, kernel, jnp.zeros(spec.width)]
+        yield "layer_norm", spec.name, layer_norm, [a["z"], a["scale"], a["bias"], a["z"]]
 
-        # Of these two, the implementations differ in their gradients.
-        yield f"depthwise_conv {spec.name}", depthwise_conv, [x, kernel, jnp.zeros(spec.width)]
-        yield f"layer_norm {spec.name}", layer_norm, [a["z"], a["scale"], a["bias"], a["z"]]
-
-        # What a block does in inference, beside its own convolutions.
+        # The other operations of a block in inference.
         channels = spec.inner // config.expand
         columns = spec.inner + spec.width
 
@@ -54,38 +52,48 @@ def operations(model: str, batch: int, dtype):
             return jnp.ones(shape, jnp.float32)
 
         def projection(*arguments, implementation, columns=columns):
-            if implementation == "triton":
-                raise UserError("there is no such kernel")
             options = {"widths": (columns,), "dtypes": (dtype,)}
             return norm_linear(*arguments, **options, implementation=implementation)[0]
 
-        def mixer(x, xbc, token_weights, z, *weights, implementation):
+        def mixer(x, xbc, token_weights, z, *params, implementation):
+            params = MixerParams(*params)
             return nc_ssd_mixer(
-                x, xbc, token_weights, z, None, *weights, implementation=implementation
+                x, xbc, token_weights, z, None, params, implementation=implementation
             )
 
-        def branch(x, *weights, implementation):
-            return mlp(x, None, *weights, implementation=implementation)
+        def branch(x, *params, implementation):
+            return mlp(x, None, MLPParams(*params), implementation=implementation)
 
         residual = x[..., :channels]
         pictures = [
             t.reshape(batch, side, side, -1) for t in (a["xbc"], a["token_weights"], a["z"])
         ]
         norm, wide = [ones(channels), ones(channels)], 4 * channels
-        yield f"norm_linear {spec.name}", projection, [
+        yield "norm_linear", spec.name, projection, [
             residual, *norm, ones(channels, columns) / channels
         ]
-        yield f"nc_ssd_mixer {spec.name}", mixer, [
+        yield "nc_ssd_mixer", spec.name, mixer, [
             residual, *pictures, kernel, ones(spec.width), a["d"], a["scale"], a["bias"],
             ones(spec.inner, channels) / spec.inner,
         ]  # fmt: skip
-        yield f"mlp {spec.name}", branch, [
+        yield "mlp", spec.name, branch, [
             residual, *norm, ones(channels, wide) / channels, ones(wide),
             ones(wide, channels) / wide, ones(channels),
         ]  # fmt: skip
     width = 8 * config.embed_dim
     qkv = jax.random.normal(jax.random.key(0), (batch, 49, 3 * width), dtype)
-    yield "attention stage 4", functools.partial(attention, heads=config.num_heads[3]), [qkv]
+    yield "attention", "stage 4", functools.partial(attention, heads=config.num_heads[3]), [qkv]
+
+
+def implementations(name: str, direction: str) -> list[str]:
+    """Those of the operation that this device can run, and that differ in this direction."""
+    table, device = dispatch.operations()[name].table, dispatch.target()
+    return [
+        implementation
+        for implementation, row in table.items()
+        if row.runs_on(device) is None
+        and (row.plain or (row.forward if direction == "forward" else row.backward))
+    ]
 
 
 def size(arrays) -> int:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.kernels import examples, rows
 from vssd_jax.errors import UserError
@@ -17,6 +18,14 @@ from vssd_jax.models.vssd import VSSD, VSSDConfig
 def choose(operation, implementation, dtype, **changes):
     arrays, options = examples.arguments(operation.name, dtype)
     return operation.choose(implementation, **(arrays | options | changes))
+
+
+def nano(implementation):
+    model = VSSD(
+        VSSDConfig.nano(), num_classes=2, implementation=implementation, rngs=nnx.Rngs(0)
+    )
+    model.eval()
+    return model
 
 
 @pytest.fixture
@@ -66,15 +75,9 @@ def test_an_unknown_name_is_refused_by_the_model_too():
 def test_a_model_whose_implementation_the_device_cannot_run(name):
     if jax.default_backend() != "cpu":
         pytest.skip("for a CPU")
-    model = VSSD(VSSDConfig.nano(), num_classes=2, implementation=name, rngs=_rngs())
+    model = nano(name)
     with pytest.raises(UserError, match=f"cannot run as '{name}': it needs an NVIDIA GPU"):
         jax.eval_shape(model, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
-
-
-def _rngs():
-    from flax import nnx
-
-    return nnx.Rngs(0)
 
 
 def test_the_choice_on_a_gpu(gpu, messages):
@@ -112,7 +115,7 @@ def test_a_name_that_only_a_part_knows_reaches_it(gpu):
 
 def test_a_model_with_a_named_kernel_in_float32(gpu):
     """Some operations have no such kernel for float32, or none at all."""
-    model = VSSD(VSSDConfig.nano(), num_classes=2, implementation="pallas", rngs=_rngs())
+    model = nano("pallas")
     jax.eval_shape(model, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
 
 

@@ -103,16 +103,23 @@ for name in ("jax.experimental.pallas", "jax.experimental.pallas.triton", "trito
 import jax, jax.numpy as jnp
 from flax import nnx
 from tests.kernels import examples
+from vssd_jax.host import compiler_options
 from vssd_jax.kernels import dispatch
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 
 def loss(f, *args):
     return sum(t.astype(jnp.float32).sum() for t in jax.tree.leaves(f(*args)))
 
-calls = [examples.call(op) for op in dispatch.operations()]
-jax.jit(jax.grad(lambda all: sum(loss(f, a) for (f, _), a in zip(calls, all))))([a for _, a in calls])
-model = VSSD(VSSDConfig.nano(), num_classes=3, rngs=nnx.Rngs(0))
-nnx.jit(nnx.grad(loss))(model, jnp.ones((1, 32, 32, 3)))
+functions, arrays = zip(*(examples.call(op) for op in dispatch.operations()))
+
+def all_operations(arrays):
+    return sum(loss(f, a) for f, a in zip(functions, arrays))
+
+gradients = jax.jit(jax.grad(all_operations), compiler_options=compiler_options())(arrays)
+assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
+config = VSSDConfig(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), d_state=8)
+model = VSSD(config, num_classes=3, rngs=nnx.Rngs(0))
+jax.eval_shape(model.eval() or model, jnp.ones((1, 32, 32, 3)))
 print("done")
 """
 
