@@ -98,7 +98,8 @@ def test_names_on_a_cpu(op):
 
 WITHOUT_PALLAS = """
 import sys
-for name in ("jax.experimental.pallas", "jax.experimental.pallas.triton", "triton", "jax_triton"):
+pallas = "jax.experimental.pallas"
+for name in (pallas, f"{pallas}.triton", "triton", "jax_triton", "jaxtyping"):
     sys.modules[name] = None  # importing it fails
 import jax, jax.numpy as jnp
 from flax import nnx
@@ -106,6 +107,9 @@ from tests.kernels import examples
 from vssd_jax.host import compiler_options
 from vssd_jax.kernels import dispatch
 from vssd_jax.models.vssd import VSSD, VSSDConfig
+from vssd_jax.types import Float
+
+assert Float[jax.Array, "B C"] is jax.Array
 
 def loss(f, *args):
     return sum(t.astype(jnp.float32).sum() for t in jax.tree.leaves(f(*args)))
@@ -138,5 +142,5 @@ def run_on_cpus(script, *, devices=1):
     return run.stdout
 
 
-def test_a_cpu_needs_neither_pallas_nor_triton():
+def test_a_cpu_needs_neither_pallas_nor_triton_nor_jaxtyping():
     assert "done" in run_on_cpus(WITHOUT_PALLAS)
