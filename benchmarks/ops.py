@@ -14,78 +14,83 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import common
-from vssd_jax.errors import UserError
 from vssd_jax.host import compiler_options
+from vssd_jax.kernels import dispatch
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
-from vssd_jax.kernels.dispatch import IMPLEMENTATIONS
 from vssd_jax.kernels.layer_norm import layer_norm
-from vssd_jax.kernels.mixer import nc_ssd_mixer
-from vssd_jax.kernels.mlp import mlp
+from vssd_jax.kernels.mlp import MLPParams, mlp
 from vssd_jax.kernels.nc_ssd import nc_ssd, nc_ssd_gated, specs
+from vssd_jax.kernels.nc_ssd_mixer import MixerParams, nc_ssd_mixer
 from vssd_jax.kernels.norm_linear import norm_linear
 from vssd_jax.models.vssd import VSSDConfig
 
+FUNCTIONS = {
+    f.__name__: f
+    for f in (
+        attention, depthwise_conv, layer_norm, mlp, nc_ssd, nc_ssd_gated, nc_ssd_mixer, norm_linear
+    )
+}  # fmt: skip
+
 
 def operations(model: str, batch: int, dtype):
-    """Yields (name, function that takes `implementation`, arguments)."""
+    """Yields (operation, size, arrays and options by name)."""
     config = getattr(VSSDConfig, model)()
+
+    def ones(*shape):
+        return jnp.ones(shape, jnp.float32)
+
     for spec in (s for s in specs.NETWORK if s.name.startswith(model)):
         a = spec.arguments(batch, dtype)
-        options = {"inner": spec.inner, "groups": spec.groups}
-        bare = [a[name] for name in ("xbc", "token_weights", "d")]
-        yield f"nc_ssd {spec.name}", functools.partial(nc_ssd, **options), bare
-        gated = [*bare, a["z"], a["scale"], a["bias"]]
-        gated_op = functools.partial(nc_ssd_gated, silu=True, **options)
-        yield f"nc_ssd_gated {spec.name}", gated_op, gated
-        side = int(spec.length**0.5)
-        x = a["xbc"].reshape(batch, side, side, -1)
-        kernel = jnp.ones((3, 3, spec.width), jnp.float32) / 9
+        side, norm = int(spec.length**0.5), {"scale": a["scale"], "bias": a["bias"]}
+        pictures = {
+            name: a[name].reshape(batch, side, side, -1) for name in ("xbc", "token_weights", "z")
+        }
+        kernel, bias = ones(3, 3, spec.width) / 9, jnp.zeros(spec.width)
+        sizes = {"inner": spec.inner, "groups": spec.groups}
+        bare = {name: a[name] for name in ("xbc", "token_weights", "d")}
+        yield "nc_ssd", spec.name, bare, sizes
+        yield "nc_ssd_gated", spec.name, a, sizes | {"silu": True}
+        conv = {"x": pictures["xbc"], "kernel": kernel, "bias": bias}
+        yield "depthwise_conv", spec.name, conv, {}
+        yield "layer_norm", spec.name, {"x": a["z"], "gate": a["z"], **norm}, {}
 
-        # Of these two, the implementations differ in their gradients.
-        yield f"depthwise_conv {spec.name}", depthwise_conv, [x, kernel, jnp.zeros(spec.width)]
-        yield f"layer_norm {spec.name}", layer_norm, [a["z"], a["scale"], a["bias"], a["z"]]
-
-        # What a block does in inference, beside its own convolutions.
+        # The other operations of a block in inference.
         channels = spec.inner // config.expand
-        columns = spec.inner + spec.width
+        x = pictures["xbc"][..., :channels]
+        columns, wide = spec.inner + spec.width, 4 * channels
+        norm = {"scale": ones(channels), "bias": ones(channels)}
+        projection = {"x": x, **norm, "kernel": ones(channels, columns) / channels}
+        yield "norm_linear", spec.name, projection, {"widths": (columns,), "dtypes": (dtype,)}
+        params = MixerParams(
+            kernel, bias, a["d"], a["scale"], a["bias"], ones(spec.inner, channels) / spec.inner
+        )
+        options = {"branch_scale": None, "groups": spec.groups}
+        yield "nc_ssd_mixer", spec.name, {"x": x, **pictures, "params": params}, options
+        params = MLPParams(
+            **norm,
+            w1=ones(channels, wide) / channels,
+            b1=ones(wide),
+            w2=ones(wide, channels) / wide,
+            b2=ones(channels),
+        )
+        yield "mlp", spec.name, {"x": x, "params": params}, {"branch_scale": None}
+    qkv = jax.random.normal(jax.random.key(0), (batch, 49, 3 * 8 * config.embed_dim), dtype)
+    yield "attention", "stage 4", {"qkv": qkv}, {"heads": config.num_heads[3]}
 
-        def ones(*shape):
-            return jnp.ones(shape, jnp.float32)
 
-        def projection(*arguments, implementation, columns=columns):
-            if implementation == "triton":
-                raise UserError("there is no such kernel")
-            options = {"widths": (columns,), "dtypes": (dtype,)}
-            return norm_linear(*arguments, **options, implementation=implementation)[0]
-
-        def mixer(x, xbc, token_weights, z, *weights, implementation):
-            return nc_ssd_mixer(
-                x, xbc, token_weights, z, None, *weights, implementation=implementation
-            )
-
-        def branch(x, *weights, implementation):
-            return mlp(x, None, *weights, implementation=implementation)
-
-        residual = x[..., :channels]
-        pictures = [
-            t.reshape(batch, side, side, -1) for t in (a["xbc"], a["token_weights"], a["z"])
-        ]
-        norm, wide = [ones(channels), ones(channels)], 4 * channels
-        yield f"norm_linear {spec.name}", projection, [
-            residual, *norm, ones(channels, columns) / channels
-        ]
-        yield f"nc_ssd_mixer {spec.name}", mixer, [
-            residual, *pictures, kernel, ones(spec.width), a["d"], a["scale"], a["bias"],
-            ones(spec.inner, channels) / spec.inner,
-        ]  # fmt: skip
-        yield f"mlp {spec.name}", branch, [
-            residual, *norm, ones(channels, wide) / channels, ones(wide),
-            ones(wide, channels) / wide, ones(channels),
-        ]  # fmt: skip
-    width = 8 * config.embed_dim
-    qkv = jax.random.normal(jax.random.key(0), (batch, 49, 3 * width), dtype)
-    yield "attention stage 4", functools.partial(attention, heads=config.num_heads[3]), [qkv]
+def implementations(name: str, direction: str, arguments: dict) -> list[str]:
+    """"xla", and the kernels that this device can run and that have something for `direction`."""
+    operation, device = dispatch.operations()[name], dispatch.target()
+    kernels = [
+        implementation
+        for implementation, row in operation.table.items()
+        if not row.plain
+        and row.runs_on(device) is None
+        and (row.forward if direction == "forward" else row.backward)
+        and operation.choose(implementation, **arguments) == implementation
+    ]
+    return ["xla", *kernels]
 
 
 def size(arrays) -> int:
@@ -127,33 +132,33 @@ def main():
     print(f"copy: {roofline / 1e9:.0f} GB/s")
 
     rows = []
-    for name, f, arguments in operations(options.model, options.batch, jnp.dtype(options.dtype)):
-        result = jax.eval_shape(functools.partial(f, implementation="xla"), *arguments)
-        dy = jnp.ones(result.shape, result.dtype)
+    sizes = operations(options.model, options.batch, jnp.dtype(options.dtype))
+    for name, place, arrays, settings in sizes:
+        f = functools.partial(FUNCTIONS[name], **settings)
+        result = jax.eval_shape(functools.partial(f, implementation="xla"), **arrays)
+        dy = jax.tree.map(lambda t: jnp.ones(t.shape, t.dtype), result)
         for direction in options.directions:
             calls = {}
-            for implementation in IMPLEMENTATIONS:
-                g = functools.partial(f, implementation=implementation)
-                if direction == "forward":
-                    call = repeated(jit(g), arguments, options.depth)
-                else:
-                    def gradient(dy, *arguments, g=g):
-                        return jax.vjp(g, *arguments)[1](dy)
+            for implementation in implementations(name, direction, arrays | settings):
+                def forward(arrays, f=f, implementation=implementation):
+                    return f(**arrays, implementation=implementation)
 
-                    call = repeated(jit(gradient), [dy, *arguments], options.depth)
-                try:
-                    call()
-                except UserError:  # not on this device, or not for this operation
-                    continue
+                def gradient(arrays, dy, forward=forward):
+                    return jax.vjp(forward, arrays)[1](dy)
+
+                if direction == "forward":
+                    call = repeated(jit(forward), [arrays], options.depth)
+                else:
+                    call = repeated(jit(gradient), [arrays, dy], options.depth)
                 calls[implementation] = call
-            moved = size(arguments) + size(result)
+            moved = size(arrays) + size(result)
             if direction == "gradient":
-                moved += size(arguments)
+                moved += size(arrays)
             times = common.measure(calls, rounds=options.rounds, seconds=options.seconds)
             for implementation, values in times.items():
                 seconds = statistics.median(values) / options.depth
                 common.add(rows, {
-                    "operation": name,
+                    "operation": f"{name} {place}",
                     "direction": direction,
                     "implementation": implementation,
                     "ms": 1e3 * seconds,

@@ -6,12 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import triton as plgpu
 
-from tests.kernels.poison import poisoned
-from vssd_jax.errors import UserError
-from vssd_jax.kernels import tiles
-from vssd_jax.kernels.attention import attention, pallas, xla
+from tests.kernels import rows
+from vssd_jax.kernels.attention import OPERATION, attention, xla
 
 CASES = [(49, 4, 32), (49, 2, 24), (17, 3, 5), (1, 1, 16)]  # tokens, heads, P
 
@@ -57,21 +54,35 @@ def test_xla_float64(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pallas_float32(case, monkeypatch):
-    monkeypatch.setattr(tiles, "plgpu", poisoned(plgpu))
-    compare(functools.partial(pallas.attention, interpret=True), case, jnp.float32, 1e-6)
+def test_pallas_float32(case, poisoned_tails):
+    compare(rows.pallas(OPERATION).attention, case, jnp.float32, 1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 1e-2), (jnp.float16, 1.5e-3)])
 def test_pallas_narrow(dtype, tolerance):
-    compare(functools.partial(pallas.attention, interpret=True), CASES[0], dtype, tolerance)
+    compare(rows.pallas(OPERATION).attention, CASES[0], dtype, tolerance)
 
 
-def test_what_it_cannot_do():
-    long = jnp.zeros((1, 200, 3 * 32), jnp.float32)
-    assert "200 tokens" in pallas.supports(long, heads=1)
-    with pytest.raises(UserError, match="no such kernel"):
-        attention(long, heads=1, implementation="triton")
+def test_what_the_kernel_cannot_do():
+    supports = rows.pallas(OPERATION).supports
+    assert "200 tokens" in supports(jnp.zeros((1, 200, 3 * 32), jnp.float32), heads=1)
+    assert "float64" in supports(jnp.zeros((1, 49, 3 * 32), jnp.float64), heads=1)
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype", "chosen"),
+    [
+        (49, jnp.bfloat16, "pallas"),
+        (49, jnp.float32, "pallas"),
+        (49, jnp.float64, "xla"),
+        (196, jnp.bfloat16, "cudnn"),
+        (196, jnp.float32, "xla"),
+    ],
+)
+def test_the_choice_on_a_gpu(length, dtype, chosen):
+    pytest.importorskip("jax.experimental.pallas.triton", exc_type=ImportError)
+    with rows.on_a_gpu():
+        assert OPERATION.choose(None, qkv=jnp.zeros((1, length, 96), dtype), heads=1) == chosen
 
 
 @pytest.mark.gpu

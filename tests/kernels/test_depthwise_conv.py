@@ -6,12 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import triton as plgpu
 
-from tests.kernels.poison import poisoned
-from vssd_jax.errors import UserError
-from vssd_jax.kernels import tiles
-from vssd_jax.kernels.depthwise_conv import depthwise_conv, pallas, xla
+from tests.kernels import rows
+from vssd_jax.kernels.depthwise_conv import OPERATION, depthwise_conv, xla
 
 CASES = [
     # (B, H, W, C), stride, activation, residual, relu_input
@@ -57,17 +54,11 @@ def value_and_gradients(f, x, kernel, bias, dy):
     return y, *vjp(dy)
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
-def of_case(stride, activation, residual, relu_input):
+def of_case(stride, activation, residual, relu_input, f=depthwise_conv):
     """Our function and the reference for the options of a case."""
     names = ("stride", "activation", "residual", "relu_input")
     options = dict(zip(names, (stride, activation, residual, relu_input), strict=True))
-    return functools.partial(depthwise_conv, **options), functools.partial(reference, **options)
+    return functools.partial(f, **options), functools.partial(reference, **options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -111,24 +102,18 @@ def compare_narrow(ours, formula, shape, stride, dtype):
     [(case, jnp.float32) for case in KERNEL_CASES]
     + [(KERNEL_CASES[0], jnp.bfloat16), (KERNEL_CASES[-1], jnp.float16)],
 )
-def test_the_kernel(x64, case, dtype, monkeypatch):
-    monkeypatch.setattr(tiles, "plgpu", poisoned(plgpu))
+def test_the_kernel(x64, case, dtype, poisoned_tails):
     shape, stride, *options = case
-    _, formula = of_case(stride, *options)
-    interpreted = functools.partial(pallas.gradients, interpret=True)
-
-    def ours(x, kernel, bias):
-        return xla.depthwise_conv(x, kernel, bias, stride, *options, interpreted)
-
+    ours, formula = of_case(stride, *options, f=rows.pallas(OPERATION).depthwise_conv)
     compare_narrow(ours, formula, shape, stride, dtype)
 
 
 def test_the_kernel_under_vmap_and_checkpoint(x64):
     x, kernel, bias, dy = (jnp.asarray(a, jnp.float32) for a in inputs((2, 5, 4, 3), 1))
-    interpreted = functools.partial(pallas.gradients, interpret=True)
+    kernel_gradient = rows.pallas(OPERATION).depthwise_conv
 
     def f(x):
-        return xla.depthwise_conv(x, kernel, bias, 1, "silu", False, False, interpreted)
+        return kernel_gradient(x, kernel, bias, activation="silu")
 
     expected = jax.vjp(f, x)[1](dy)[0]
     np.testing.assert_array_equal(jax.vjp(jax.checkpoint(f), x)[1](dy)[0], expected)
@@ -158,8 +143,8 @@ def test_gpu(x64, case, implementation, dtype):
 def test_both_orders_of_the_kernel_gradient_agree(x64):
     for stride in (1, 2):
         x, _, _, dy = map(jnp.asarray, inputs((3, 7, 6, 5), stride))
-        a = xla._kernel_gradient(x, dy, stride=stride)
-        b = xla._kernel_gradient_by_rows(x, dy, stride=stride)
+        a = xla.kernel_gradient(x, dy, stride=stride)
+        b = xla.kernel_gradient_by_rows(x, dy, stride=stride)
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -182,13 +167,14 @@ def test_vmap_and_second_derivative(x64):
 
 
 def test_wrong_options():
-    x, kernel, bias, _ = inputs((1, 4, 4, 2), 1, np.float32)
+    x, kernel, bias, _ = map(jnp.asarray, inputs((1, 4, 4, 2), 1, np.float32))
     with pytest.raises(ValueError, match="stride 2"):
         depthwise_conv(x, kernel, bias, stride=2, residual=True)
-    with pytest.raises(ValueError, match="no ReLU"):
+    with pytest.raises(ValueError, match="residual and relu_input"):
         depthwise_conv(x, kernel, bias, residual=True, relu_input=True)
-    with pytest.raises(UserError, match="no such kernel"):
-        depthwise_conv(x, kernel, bias, implementation="triton")
-    assert "float64" in pallas.supports(np.zeros((1, 2, 2, 1)))
     with pytest.raises(ValueError, match="unknown activation 'gelu'"):
         depthwise_conv(x, kernel, bias, activation="gelu")
+
+
+def test_what_the_kernel_cannot_do(x64):
+    assert "float64" in rows.pallas(OPERATION).supports(jnp.zeros((1, 2, 2, 1), jnp.float64))

@@ -1,76 +1,176 @@
-"""The choice of an implementation, and kernels under a sharded jit."""
+"""The choice of an implementation."""
 
+import functools
 import logging
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from tests.kernels import examples, rows
 from vssd_jax.errors import UserError
-from vssd_jax.kernels import dispatch
-from vssd_jax.kernels.nc_ssd import nc_ssd, specs, xla
-from vssd_jax.models.vssd import VSSD
-
-SPEC = specs.Spec("small", 20, 2, 16, 16)
+from vssd_jax.kernels import dispatch, gelu, layer_norm, mlp, nc_ssd, nc_ssd_mixer
+from vssd_jax.models.vssd import VSSD, VSSDConfig
 
 
-def call(implementation, dtype=jnp.float32):
-    a = SPEC.arguments(2, dtype)
-    return nc_ssd(
-        a["xbc"], a["token_weights"], a["d"], inner=SPEC.inner, implementation=implementation
+def choose(operation, implementation, dtype, **changes):
+    arrays, options = examples.arguments(operation.name, dtype)
+    return operation.choose(implementation, **(arrays | options | changes))
+
+
+def nano(implementation):
+    model = VSSD(
+        VSSDConfig.nano(), num_classes=2, implementation=implementation, rngs=nnx.Rngs(0)
     )
+    model.eval()
+    return model
 
 
-def test_a_cpu_takes_xla_and_says_nothing(caplog):
-    if jax.default_backend() != "cpu":
-        pytest.skip("of a CPU")
+@pytest.fixture
+def messages(caplog):
     with caplog.at_level(logging.WARNING):
-        np.testing.assert_array_equal(call(None), call("xla"))
-    assert not caplog.records
+        yield lambda: [record.getMessage() for record in caplog.records]
 
 
-@pytest.mark.parametrize("implementation", ["pallas", "triton"])
-def test_a_forced_kernel_that_cannot_run_is_an_error(implementation):
+@pytest.fixture
+def gpu():
+    pytest.importorskip("jax.experimental.pallas.triton", exc_type=ImportError)
+    with rows.on_a_gpu():
+        yield
+
+
+@pytest.fixture
+def registered(monkeypatch, tmp_path):
+    """A function that registers a module of this text as "mine", until the end of the test."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def register(operation, text, **row):
+        monkeypatch.setattr(operation, "table", operation.table)
+        module = f"my_{operation.name}_{tmp_path.name}"
+        (tmp_path / f"{module}.py").write_text(text)
+        operation.register("mine", dispatch.Implementation(module, **row))
+
+    return register
+
+
+def test_a_cpu_takes_plain_jax_and_says_nothing(messages):
     if jax.default_backend() != "cpu":
-        pytest.skip("of a CPU")
-    with pytest.raises(UserError, match=f"'{implementation}'.*needs an NVIDIA GPU.*'xla'"):
-        call(implementation)
+        pytest.skip("for a CPU")
+    assert choose(nc_ssd.OPERATION, None, jnp.float32) == "xla"
+    assert choose(layer_norm.OPERATION, None, jnp.float32) == "cpu"
+    assert choose(layer_norm.OPERATION, "xla", jnp.float32) == "cpu"
+    assert not messages()
 
 
-def test_unknown_names():
-    with pytest.raises(UserError, match=r"unknown implementation 'cuda'.*xla, pallas, triton"):
-        call("cuda")
-    with pytest.raises(UserError, match="unknown implementation 'cuda'"):
-        VSSD(None, implementation="cuda", rngs=None)
+def test_an_unknown_name_is_refused_by_the_model_too():
+    with pytest.raises(UserError, match="unknown implementation 'xlaa'; did you mean 'xla'"):
+        VSSD(None, implementation="xlaa", rngs=None)
+    with pytest.raises(UserError, match=r"choose from xla, .*pallas.*triton"):
+        dispatch.check_name("?")
 
 
-def test_a_gpu_falls_back_once_and_says_so(monkeypatch, caplog):
-    gpu = dispatch.Target("gpu", "some GPU")
-    monkeypatch.setattr(dispatch, "target", lambda: gpu)
-    monkeypatch.setattr(dispatch.Target, "lacks_triton", lambda self: None)
-    dispatch._say_once.cache_clear()
-    with jax.enable_x64(True), caplog.at_level(logging.WARNING):
+@pytest.mark.parametrize("name", ["pallas", "triton"])
+def test_a_model_whose_implementation_the_device_cannot_run(name):
+    if jax.default_backend() != "cpu":
+        pytest.skip("for a CPU")
+    model = nano(name)
+    with pytest.raises(UserError, match=f"cannot run as '{name}': it needs an NVIDIA GPU"):
+        jax.eval_shape(model, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+
+
+def test_the_choice_on_a_gpu(gpu, messages):
+    assert choose(nc_ssd.OPERATION, None, jnp.float32) == "pallas"
+    assert choose(nc_ssd.OPERATION, "xla", jnp.float32) == "xla"
+    assert choose(layer_norm.OPERATION, None, jnp.bfloat16) == "pallas"
+    assert choose(layer_norm.OPERATION, "xla", jnp.bfloat16) == "xla"
+    # Kernels for inference in 16 bits: that other programs go without them is nothing to say.
+    assert choose(mlp.OPERATION, None, jnp.bfloat16) == "pallas"
+    assert choose(mlp.OPERATION, None, jnp.float32) == "xla"
+    assert choose(mlp.OPERATION, None, jnp.bfloat16, branch_scale=jnp.ones(2)) == "xla"
+    assert not messages()
+
+
+def test_a_gpu_falls_back_and_says_so_once(gpu, messages):
+    with jax.enable_x64(True):
         for _ in range(2):
-            call(None, jnp.float64)
-        with pytest.raises(UserError, match="float64"):
-            call("pallas", jnp.float64)
-    assert [record.getMessage().count("falls back to XLA") for record in caplog.records] == [1]
+            assert choose(nc_ssd.OPERATION, None, jnp.float64) == "xla"
+    expected = "nc_ssd falls back to XLA: 'pallas' cannot run, dtype float64"
+    assert [message.startswith(expected) for message in messages()] == [True]
+
+
+def test_arguments_that_the_named_kernel_cannot_take(gpu, messages):
+    for _ in range(2):
+        assert choose(mlp.OPERATION, "pallas", jnp.float32) == "xla"
+    assert [message.count("mlp cannot run as 'pallas' with") for message in messages()] == [1]
+
+
+def test_a_name_that_only_a_part_knows_reaches_it(gpu):
+    assert choose(nc_ssd_mixer.OPERATION, None, jnp.bfloat16) == "pallas"
+    assert choose(nc_ssd_mixer.OPERATION, "pallas", jnp.bfloat16) == "pallas"
+    assert choose(nc_ssd_mixer.OPERATION, "triton", jnp.bfloat16) == "xla"  # of its NC-SSD
+    assert choose(mlp.OPERATION, "triton", jnp.bfloat16) == "pallas"  # no part has a row "triton"
+
+
+def test_a_model_with_a_named_kernel_in_float32(gpu):
+    """Some operations have no such kernel for float32, or none at all."""
+    model = nano("pallas")
+    jax.eval_shape(model, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+
+
+MY_GELU = """
+def gelu(x):
+    return 7 * x
+"""
+MY_LAYER_NORM = """
+import jax.numpy as jnp
+
+def supports(x, **_):
+    return "less than 100 channels" if x.shape[-1] < 100 else None
+
+def layer_norm(x, scale, bias, gate, epsilon):
+    return 0 * x
+"""
+
+
+def test_another_implementation_is_a_file_and_a_line(registered):
+    registered(gelu.OPERATION, MY_GELU, automatic=False)
+    x = jnp.arange(3.0)
+    np.testing.assert_array_equal(gelu.gelu(x, implementation="mine"), 7 * x)
+    assert (gelu.gelu(x) != 7 * x).any()
+    # It is known everywhere, and reaches the operation inside of others.
+    assert choose(nc_ssd.OPERATION, "mine", jnp.float32) == choose(
+        nc_ssd.OPERATION, None, jnp.float32
+    )
+    f, arrays = examples.call("mlp", "mine")
+    params = arrays["params"]
+    normed = layer_norm.layer_norm(arrays["x"], params.scale, params.bias)
+    expected = arrays["x"] + 7 * (normed @ params.w1 + params.b1) @ params.w2 + params.b2
+    np.testing.assert_allclose(f(arrays), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_registered_implementation_is_tried_first(registered, messages):
+    registered(layer_norm.OPERATION, MY_LAYER_NORM, plain=True)
+    assert (layer_norm.layer_norm(jnp.ones((2, 128)), jnp.ones(128), jnp.ones(128)) == 0).all()
+    assert (layer_norm.layer_norm(jnp.ones((2, 16)), jnp.ones(16), jnp.ones(16)) == 1).all()
+    assert not messages()
+    named = functools.partial(layer_norm.layer_norm, implementation="mine")
+    assert (named(jnp.ones((2, 16)), jnp.ones(16), jnp.ones(16)) == 1).all()
+    assert [message.count("less than 100 channels") for message in messages()] == [1]
+
+
+def test_an_operation_needs_plain_jax():
+    with pytest.raises(ValueError, match="'xla'"):
+        dispatch.Operation("nothing", {"mine": dispatch.Implementation("mine")})
 
 
 def test_export():
-    a = SPEC.arguments(2)
-
-    def f(xbc, token_weights, d):
-        return nc_ssd(xbc, token_weights, d, inner=SPEC.inner)
-
-    arguments = [a[name] for name in ("xbc", "token_weights", "d")]
-    exported = jax.export.export(jax.jit(f))(*arguments)
-    expected = xla.nc_ssd(*arguments, inner=SPEC.inner, groups=1)
-    np.testing.assert_allclose(exported.call(*arguments), expected, rtol=1e-5, atol=1e-5)
+    f, arrays = examples.call("nc_ssd")
+    arguments = tuple(arrays.values())
+    exported = jax.export.export(jax.jit(lambda *a: f(dict(zip(arrays, a, strict=True)))))
+    y = exported(*arguments).call(*arguments)
+    np.testing.assert_allclose(y, f(arrays), rtol=1e-5, atol=1e-5)
 
 
 def test_a_kernel_for_inference_has_the_gradient_of_the_plain_function():
@@ -88,82 +188,3 @@ def test_a_kernel_for_inference_has_the_gradient_of_the_plain_function():
         for a, b, expected in zip(actual, gradients, (2 * np.cos(x), np.sin(x)), strict=True):
             np.testing.assert_allclose(a, expected, rtol=1e-6)
             np.testing.assert_allclose(b, expected, rtol=1e-6)
-
-
-SHARDED = """
-import functools
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from vssd_jax.kernels.nc_ssd import api, pallas, specs
-
-spec = specs.Spec("small", 20, 2, 16, 16)
-a = spec.arguments(8)
-a = [a[n] for n in ("xbc", "token_weights", "d", "z", "scale", "bias")]
-mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-# The interpreter stands in for the GPU.
-kernel = type("kernel", (), {
-    "nc_ssd_gated": staticmethod(functools.partial(pallas.nc_ssd_gated, interpret=True))})
-api._implementation = lambda *args: kernel
-
-def gradients(*a):
-    f = lambda *a: jnp.square(api.nc_ssd_gated(*a, inner=spec.inner)).sum()
-    return jax.grad(f, argnums=range(6))(*a)
-
-expected = jax.jit(gradients)(*a)
-placed = [jax.device_put(v, NamedSharding(mesh, P("data") if v.ndim > 1 else P())) for v in a]
-with jax.set_mesh(mesh):
-    compiled = jax.jit(gradients).lower(*placed).compile()
-text = compiled.as_text()
-assert "all-gather" not in text and "all-to-all" not in text, "gathered"
-assert "all-reduce" in text, "the gradients of D and the norm are sums over all devices"
-for x, y in zip(compiled(*placed), expected):
-    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * float(jnp.abs(y).max()))
-print("sharded", compiled.output_shardings[0].spec)
-
-from vssd_jax.kernels.mlp import api as mlp, pallas as mlp_pallas
-
-mlp.dispatch.choose = lambda *args, **options: "pallas"
-mlp_pallas.mlp = functools.partial(mlp_pallas.mlp, interpret=True)
-weights = [jnp.ones(s) for s in [(16,), (16,), (16, 64), (64,), (64, 16), (16,)]]
-x = jax.device_put(jnp.ones((8, 3, 16), jnp.bfloat16), NamedSharding(mesh, P("data")))
-with jax.set_mesh(mesh):
-    f = jax.jit(lambda x, *weights: mlp.mlp(x, None, *weights, implementation="pallas"))
-    compiled = f.lower(x, *weights).compile()
-assert "all-gather" not in compiled.as_text(), "gathered"
-assert compiled.output_shardings.spec == P("data")
-
-from vssd_jax.kernels.depthwise_conv import pallas as conv_pallas, xla as conv
-from vssd_jax.kernels.layer_norm import pallas as norm
-
-def gradients(x, kernel, bias):
-    interpreted = functools.partial(conv_pallas.gradients, interpret=True)
-    def f(x, kernel, bias):
-        y = conv.depthwise_conv(x, kernel, bias, 1, "silu", False, False, interpreted)
-        return jnp.sin(norm.layer_norm(y, bias, bias, x, 1e-5, interpret=True)).sum()
-    return jax.grad(f, argnums=range(3))(x, kernel, bias)
-
-key = jax.random.key(0)
-values = [jax.random.normal(key, s) for s in [(8, 5, 4, 6), (3, 3, 6), (6,)]]
-expected = jax.jit(gradients)(*values)
-placed = [jax.device_put(v, NamedSharding(mesh, P("data") if v.ndim > 3 else P())) for v in values]
-with jax.set_mesh(mesh):
-    compiled = jax.jit(gradients).lower(*placed).compile()
-assert "all-gather" not in compiled.as_text(), "gathered"
-assert "all-reduce" in compiled.as_text()
-assert compiled.output_shardings[0].spec == P("data")
-for x, y in zip(compiled(*placed), expected):
-    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * float(jnp.abs(y).max()))
-"""
-
-
-def test_kernels_stay_sharded():
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, timeout=500
-    )
-    assert run.returncode == 0, run.stderr
-    assert "data" in run.stdout  # the gradient of the activations is split like them

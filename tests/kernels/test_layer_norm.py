@@ -6,12 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import triton as plgpu
 
-from tests.kernels.poison import poisoned
-from vssd_jax.errors import UserError
-from vssd_jax.kernels import tiles
-from vssd_jax.kernels.layer_norm import cpu, layer_norm, pallas, xla
+from tests.kernels import rows
+from vssd_jax.kernels.layer_norm import OPERATION, cpu, layer_norm, xla
 
 
 def reference(x, scale, bias, gate):
@@ -82,17 +79,15 @@ def test_bfloat16(gated, run):
     [(shape, jnp.float32) for shape in SHAPES]
     + [(SHAPES[0], jnp.bfloat16), (SHAPES[-1], jnp.float16)],
 )
-def test_the_kernel(shape, gated, dtype, monkeypatch):
-    monkeypatch.setattr(tiles, "plgpu", poisoned(plgpu))
-    interpreted = functools.partial(pallas.layer_norm, epsilon=1e-5, interpret=True)
+def test_the_kernel(shape, gated, dtype, poisoned_tails):
+    interpreted = functools.partial(rows.pallas(OPERATION).layer_norm, epsilon=1e-5)
     compare(interpreted, shape, gated, dtype)
 
 
-def test_what_it_cannot_do():
-    assert "float64" in pallas.supports(np.zeros((3, 4)))
-    assert "4096 channels" in pallas.supports(np.zeros((3, 4096), np.float32))
-    with pytest.raises(UserError, match="no such kernel"):
-        layer_norm(jnp.ones((2, 4)), jnp.ones(4), jnp.ones(4), implementation="triton")
+def test_what_the_kernel_cannot_do(x64):
+    supports = rows.pallas(OPERATION).supports
+    assert "float64" in supports(jnp.zeros((3, 4), jnp.float64))
+    assert "4096 channels" in supports(jnp.zeros((3, 4096), jnp.float32))
 
 
 @pytest.mark.gpu

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vssd_jax.kernels.linear import MANY_ROWS, linear
+from vssd_jax.kernels.linear import linear
+from vssd_jax.kernels.linear.xla import MANY_ROWS
 
 
 def arguments(with_bias, dtype, pixels=(5, 4)):

@@ -8,13 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
-from tests.kernels.poison import poisoned
+from tests.kernels import rows
 from vssd_jax.kernels import nc_ssd as operation
-from vssd_jax.kernels import tiles
-from vssd_jax.kernels.nc_ssd import pallas, specs, xla
+from vssd_jax.kernels.nc_ssd import GATED_OPERATION, OPERATION, specs, xla
 
 NAMES = tuple(inspect.signature(operation.nc_ssd_gated).parameters)[:6]
 EPSILON = 1e-5
@@ -66,7 +63,7 @@ def compare(f, spec, batch, dtype, tolerance, silu=False):
 
 
 def interpreted(*args, **kwargs):
-    return pallas.nc_ssd_gated(*args, **kwargs, interpret=True)
+    return rows.pallas(GATED_OPERATION).nc_ssd_gated(*args, **kwargs)
 
 
 def by_name(spec):
@@ -80,14 +77,12 @@ def test_xla_float64(spec):
 
 # Rounding in float32: of sums over up to 3136 tokens, and of the norm's small differences.
 @pytest.mark.parametrize("spec", specs.EDGES, ids=by_name)
-def test_pallas_float32(spec, monkeypatch):
-    monkeypatch.setattr(tiles, "plgpu", poisoned(plgpu))
+def test_pallas_float32(spec, poisoned_tails):
     compare(interpreted, spec, 2, jnp.float32, 1e-5)
 
 
 @pytest.mark.parametrize("spec", specs.EDGES[2:4], ids=by_name)
-def test_silu_while_reading(spec, monkeypatch):
-    monkeypatch.setattr(tiles, "plgpu", poisoned(plgpu))
+def test_silu_while_reading(spec, poisoned_tails):
     compare(interpreted, spec, 2, jnp.float32, 1e-5, silu=True)
     compare(interpreted, spec, 2, jnp.bfloat16, 1e-2, silu=True)
     compare(xla.nc_ssd_gated, spec, 2, jnp.float64, 1e-12, silu=True)
@@ -96,8 +91,7 @@ def test_silu_while_reading(spec, monkeypatch):
 # Heads, P and N of the network; fewer tokens, as interpret mode takes minutes for 3136.
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", specs.NETWORK, ids=by_name)
-def test_pallas_on_the_heads_of_the_network(spec, monkeypatch):
-    monkeypatch.setattr(tiles, "plgpu", poisoned(plgpu))
+def test_pallas_on_the_heads_of_the_network(spec, poisoned_tails):
     spec = dataclasses.replace(spec, length=min(spec.length, 67))
     compare(interpreted, spec, 1, jnp.float32, 1e-5)
 
@@ -109,38 +103,12 @@ def test_narrow_types(f, dtype, tolerance):
     compare(f, specs.EDGES[0], 2, dtype, tolerance)
 
 
-def test_poison_finds_a_missing_mask():
-    def kernel(x_ref, y_ref, *, masked):
-        index = jnp.arange(8)
-        load, store = poisoned(plgpu).load, poisoned(plgpu).store
-        mask = index < (5 if masked else 6)
-        store(y_ref.at[index], load(x_ref.at[index], mask=mask, other=0.0), mask=index < 5)
-
-    def run(masked):
-        return pl.pallas_call(
-            functools.partial(kernel, masked=masked),
-            out_shape=jax.ShapeDtypeStruct((5,), jnp.float32),
-            interpret=True,
-        )(jnp.ones(5, jnp.float32))
-
-    assert np.isfinite(run(True)).all()
-
-    def overwrite(x_ref, y_ref):
-        index = jnp.arange(8)
-        poisoned(plgpu).store(y_ref.at[index], jnp.ones(8, jnp.float32), mask=index < 6)
-
-    y = pl.pallas_call(
-        overwrite, out_shape=jax.ShapeDtypeStruct((5,), jnp.float32), interpret=True
-    )(jnp.ones(5, jnp.float32))
-    assert np.isnan(y).any()
-
-
 def test_without_norm_and_under_transformations():
     spec = specs.Spec("small", 20, 2, 16, 16)
     arguments = spec.arguments(2)
     xbc, weights, d = (arguments[name] for name in NAMES[:3])
     options = {"inner": spec.inner, "groups": 1}
-    kernel = functools.partial(pallas.nc_ssd, **options, interpret=True)
+    kernel = functools.partial(rows.pallas(OPERATION).nc_ssd, **options)
     reference = functools.partial(xla.nc_ssd, **options)
 
     np.testing.assert_allclose(kernel(xbc, weights, d), reference(xbc, weights, d), atol=2e-5)
@@ -154,6 +122,33 @@ def test_without_norm_and_under_transformations():
     stacked = (jnp.stack([xbc, -xbc]), jnp.stack([weights, weights]), d)
     for a, b in zip(gradient(kernel)(*stacked), gradient(reference)(*stacked), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_what_the_kernels_cannot_do():
+    a, supports = specs.EDGES[0].arguments(1, jnp.float64), rows.pallas(OPERATION).supports
+    assert "float64" in supports(a["xbc"], a["token_weights"], inner=128, groups=1)
+    wide = jnp.zeros((1, 3, 64 + 2 * 200)), jnp.zeros((1, 3, 1))
+    assert "a state of 200 x 64" in supports(*wide, inner=64, groups=1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "implementation", "expected"),
+    [
+        (jnp.bfloat16, None, True),
+        (jnp.bfloat16, "pallas", True),
+        (jnp.bfloat16, "xla", False),
+        (jnp.float64, None, False),
+    ],
+)
+def test_silu_goes_with_the_implementation(dtype, implementation, expected):
+    pytest.importorskip("jax.experimental.pallas.triton", exc_type=ImportError)
+    a = specs.EDGES[0].arguments(1, dtype)
+    f = functools.partial(
+        operation.applies_silu_on_load, a["xbc"], a["token_weights"], inner=128, groups=1
+    )
+    with rows.on_a_gpu():
+        assert f(implementation=implementation) == expected
+    assert not f(implementation=None) or jax.default_backend() == "gpu"
 
 
 @pytest.mark.gpu

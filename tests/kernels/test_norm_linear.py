@@ -6,12 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import triton as plgpu
 
-from tests.kernels.poison import poisoned
-from vssd_jax.errors import UserError
-from vssd_jax.kernels import tiles
-from vssd_jax.kernels.norm_linear import norm_linear, pallas, xla
+from tests.kernels import rows
+from vssd_jax.kernels.norm_linear import OPERATION, norm_linear, xla
 
 CASES = [((2, 5, 7, 48), (96, 192, 2)), ((1, 131, 20), (33, 5))]  # shape of x, widths
 SIXTEEN_BITS = pytest.mark.parametrize(
@@ -52,23 +49,19 @@ def compare(f, case, dtype, tolerance):
         assert error < tolerance * jnp.linalg.norm(b.ravel())
 
 
-interpreted = functools.partial(pallas.norm_linear, interpret=True)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_xla_float64(case):
     compare(xla.norm_linear, case, jnp.float64, 1e-13)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_pallas_float32(case, monkeypatch):
-    monkeypatch.setattr(tiles, "plgpu", poisoned(plgpu))
-    compare(interpreted, case, jnp.float32, 1e-6)
+def test_pallas_float32(case, poisoned_tails):
+    compare(rows.pallas(OPERATION).norm_linear, case, jnp.float32, 1e-6)
 
 
 @SIXTEEN_BITS
 def test_pallas_narrow(dtype, tolerance):
-    compare(interpreted, CASES[0], dtype, tolerance)
+    compare(rows.pallas(OPERATION).norm_linear, CASES[0], dtype, tolerance)
 
 
 @pytest.mark.gpu
@@ -78,11 +71,7 @@ def test_gpu(case, dtype, tolerance):
     compare(norm_linear, case, dtype, tolerance)
 
 
-@pytest.mark.parametrize(
-    ("implementation", "reason"), [("pallas", "needs an NVIDIA GPU"), ("triton", "no such kernel")]
-)
-def test_what_cannot_run_is_refused(implementation, reason):
-    shape, widths = CASES[1]
-    args, dtypes = arguments(shape, widths, jnp.float32), (jnp.float32,) * 2
-    with pytest.raises(UserError, match=reason):
-        norm_linear(*args, widths=widths, dtypes=dtypes, implementation=implementation)
+def test_what_the_kernel_cannot_do():
+    supports = rows.pallas(OPERATION).supports
+    assert "512 channels" in supports(jnp.zeros((1, 4, 512), jnp.bfloat16))
+    assert "float32" in supports(jnp.zeros((1, 4, 8), jnp.float32))

@@ -46,7 +46,7 @@ def target() -> Target:
     if abstract is not None:
         platform, kind = abstract.platform, abstract.device_kind
     else:
-        device = jax.config.jax_default_device or jax.devices()[0]
+        device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
         if isinstance(device, str):
             device = jax.devices(device)[0]
         platform, kind = device.platform, device.device_kind
@@ -199,7 +199,7 @@ class Operation:
             rows.pop(implementation, None)
         elif implementation not in (None, "xla") and self.has(implementation):
             return "xla"  # its parts have such a row
-        reasons = []
+        reasons: list[str] = []
         for name, row in rows.items():
             reason = row.runs_on(device) or self._out_of_reach(name, arguments)
             if reason is None:

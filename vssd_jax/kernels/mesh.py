@@ -35,7 +35,7 @@ def over_batch(f: Callable, batched: Any, shared: Any) -> Any:
     return split(batched, shared)
 
 
-def too_large(x: jax.Array, factor: int = 1) -> str | None:
+def too_large(x: jax.Array | jax.ShapeDtypeStruct, factor: int = 1) -> str | None:
     """Why a kernel with indices of 32 bits cannot take the part of `x` (B, ...) of one device.
 
     Args:

@@ -7,6 +7,8 @@ stores.
 Import this module, and those that use it, only where `dispatch.pallas_triton` allows it.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -49,21 +51,20 @@ def store(ref: Any, value: Array, *axes: int | Array | Span) -> None:
 
 def _grid(axes: tuple[int | Array | Span, ...]) -> tuple[tuple, Array]:
     # One index tuple of arrays: chained `.at`s break masked stores in interpret mode.
-    vectors = [axis for axis in axes if isinstance(axis, tuple)]
+    spans = [axis for axis in axes if isinstance(axis, tuple)]
     index: list[Any] = []
-    mask, place = None, 0
+    masks: list[Array] = []
     for axis in axes:
         if not isinstance(axis, tuple):
             index.append(axis)
             continue
-        shape = [1] * len(vectors)
-        shape[place] = -1
-        place += 1
+        shape = [1] * len(spans)
+        shape[len(masks)] = -1
         positions, valid = (part.reshape(shape) for part in axis)
         index.append(positions)
-        mask = valid if mask is None else mask & valid
-    shape = tuple(axis[0].size for axis in vectors)
-    return tuple(index), jnp.broadcast_to(mask, shape)
+        masks.append(valid)
+    mask = functools.reduce(operator.and_, masks)
+    return tuple(index), jnp.broadcast_to(mask, tuple(axis[0].size for axis in spans))
 
 
 def dot(a: Array, b: Array) -> Array:

@@ -37,9 +37,9 @@ from jax.sharding import (
 
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
-from vssd_jax.kernels.mixer import nc_ssd_mixer
-from vssd_jax.kernels.mlp import mlp
+from vssd_jax.kernels.mlp import MLPParams, mlp
 from vssd_jax.kernels.nc_ssd import nc_ssd_gated, specs
+from vssd_jax.kernels.nc_ssd_mixer import MixerParams, nc_ssd_mixer
 from vssd_jax.kernels.norm_linear import norm_linear
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 
@@ -139,59 +139,92 @@ def shape(*sizes, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
+def mlp_shapes(batch, dtype, length, channels):
+    wide, back = (channels, 4 * channels), (4 * channels, channels)
+    params = [shape(*s) for s in [wide[:1]] * 2 + [wide, wide[1:], back, back[1:]]]
+    return {"x": shape(batch, length, channels, dtype=dtype), "params": MLPParams(*params)}
+
+
+def depthwise_shapes(batch, dtype, side, channels):
+    x = shape(batch, side, side, channels, dtype=dtype)
+    return {"x": x, "kernel": shape(3, 3, channels), "bias": shape(channels)}
+
+
+def attention_shapes(batch, dtype, length, heads, head_dim):
+    return {"qkv": shape(batch, length, 3 * heads * head_dim, dtype=dtype)}
+
+
+def norm_linear_shapes(batch, dtype, spec):
+    channels, columns = spec.inner // 2, spec.inner + spec.width + spec.heads
+    x = shape(batch, spec.length, channels, dtype=dtype)
+    norm = {"scale": shape(channels), "bias": shape(channels)}
+    return {"x": x, **norm, "kernel": shape(channels, columns)}
+
+
+def mixer_shapes(batch, dtype, spec):
+    side, channels = int(spec.length**0.5), spec.inner // 2
+    picture = functools.partial(shape, batch, side, side)
+    params = MixerParams(
+        conv_kernel=shape(3, 3, spec.width),
+        conv_bias=shape(spec.width),
+        d=shape(spec.heads),
+        scale=shape(spec.inner),
+        bias=shape(spec.inner),
+        out_kernel=shape(spec.inner, channels),
+    )
+    return {
+        "x": picture(channels, dtype=dtype),
+        "xbc": picture(spec.width, dtype=dtype),
+        "token_weights": picture(spec.heads),
+        "z": picture(spec.inner, dtype=dtype),
+        "params": params,
+    }
+
+
+def nc_ssd_shapes(batch, dtype, spec):
+    tokens = (batch, spec.length)
+    return {
+        "xbc": shape(*tokens, spec.width, dtype=dtype),
+        "token_weights": shape(*tokens, spec.heads),
+        "d": shape(spec.heads),
+        "z": shape(*tokens, spec.inner, dtype=dtype),
+        "scale": shape(spec.inner),
+        "bias": shape(spec.inner),
+    }
+
+
 def operation(name, batch, dtype):
     """A function and the shapes of its arguments."""
-    if name.startswith("depthwise"):
-        _, height, channels = name.split(" ")
-        x = shape(batch, int(height), int(height), int(channels), dtype=dtype)
-        f = functools.partial(depthwise_conv, activation="silu")
-        return f, [x, shape(3, 3, int(channels)), shape(int(channels))]
-    if name.startswith("attention"):
-        _, length, heads, head_dim = (int(w) if w.isdigit() else w for w in name.split(" "))
-        f = functools.partial(attention, heads=heads, implementation="pallas")
-        return f, [shape(batch, length, 3 * heads * head_dim, dtype=dtype)]
-    if name.startswith("mlp"):
-        length, channels = map(int, name.split(" ")[1:])
-        x = shape(batch, length, channels, dtype=dtype)
-        wide, back = (channels, 4 * channels), (4 * channels, channels)
-        weights = [shape(*s) for s in [wide[:1]] * 2 + [wide, wide[1:], back, back[1:]]]
-        f = functools.partial(mlp, implementation="pallas")
-        return lambda x, *weights: f(x, None, *weights), [x, *weights]
+    kind, *sizes = name.split(" ")
+    if kind == "depthwise":
+        shapes = depthwise_shapes(batch, dtype, *map(int, sizes))
+        return by_position(depthwise_conv, shapes, activation="silu")
+    if kind == "attention":
+        shapes = attention_shapes(batch, dtype, *map(int, sizes))
+        return by_position(attention, shapes, heads=int(sizes[1]), implementation="pallas")
+    if kind == "mlp":
+        shapes = mlp_shapes(batch, dtype, *map(int, sizes))
+        return by_position(mlp, shapes, branch_scale=None, implementation="pallas")
     spec = next(s for s in specs.NETWORK + specs.EDGES if name.endswith(s.name))
-    f = functools.partial(
-        nc_ssd_gated, inner=spec.inner, groups=spec.groups, silu=True, implementation="pallas"
-    )
-    if name.startswith("norm_linear"):
-        widths = (spec.inner, spec.width, spec.heads)
-        f = functools.partial(norm_linear, widths=widths, dtypes=(dtype, dtype, jnp.float32))
-        channels = spec.inner // 2
-        x = shape(batch, spec.length, channels, dtype=dtype)
-        return f, [x, shape(channels), shape(channels), shape(channels, sum(widths))]
-    if name.startswith("mixer"):
-        side, channels = int(spec.length**0.5), spec.inner // 2
-        picture = functools.partial(shape, batch, side, side)
-        f = functools.partial(nc_ssd_mixer, groups=spec.groups, implementation="pallas")
-        return lambda x, xbc, w, z, *weights: f(x, xbc, w, z, None, *weights), [
-            picture(channels, dtype=dtype),
-            picture(spec.width, dtype=dtype),
-            picture(spec.heads),
-            picture(spec.inner, dtype=dtype),
-            shape(3, 3, spec.width),
-            shape(spec.width),
-            shape(spec.heads),
-            shape(spec.inner),
-            shape(spec.inner),
-            shape(spec.inner, channels),
-        ]
-    tokens = (batch, spec.length)
-    return f, [
-        shape(*tokens, spec.width, dtype=dtype),
-        shape(*tokens, spec.heads),
-        shape(spec.heads),
-        shape(*tokens, spec.inner, dtype=dtype),
-        shape(spec.inner),
-        shape(spec.inner),
-    ]
+    if kind == "norm_linear":
+        widths, dtypes = (spec.inner, spec.width, spec.heads), (dtype, dtype, jnp.float32)
+        shapes = norm_linear_shapes(batch, dtype, spec)
+        return by_position(norm_linear, shapes, widths=widths, dtypes=dtypes)
+    options = {"groups": spec.groups, "implementation": "pallas"}
+    if kind == "mixer":
+        shapes = mixer_shapes(batch, dtype, spec)
+        return by_position(nc_ssd_mixer, shapes, branch_scale=None, **options)
+    shapes = nc_ssd_shapes(batch, dtype, spec)
+    return by_position(nc_ssd_gated, shapes, inner=spec.inner, silu=True, **options)
+
+
+def by_position(f, shapes, **options):
+    """`f` as a function of arrays in the order of `shapes`, and the shapes."""
+
+    def call(*arrays):
+        return f(**dict(zip(shapes, arrays, strict=True)), **options)
+
+    return call, list(shapes.values())
 
 
 def network(name, batch, dtype, direction):

@@ -11,8 +11,8 @@ def attention(qkv: Array, *, heads: int) -> Array:
     acc = jnp.promote_types(qkv.dtype, jnp.float32)
     q, k, v = split(qkv, heads)
     scores = jnp.einsum("blhp,bmhp->bhlm", q, k, preferred_element_type=acc)
-    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
-    y = jnp.einsum("bhlm,bmhp->blhp", weights, v, preferred_element_type=acc)
+    probabilities = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+    y = jnp.einsum("bhlm,bmhp->blhp", probabilities, v, preferred_element_type=acc)
     return y.astype(qkv.dtype).reshape(batch, length, width // 3)
 
 

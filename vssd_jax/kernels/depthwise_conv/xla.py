@@ -178,7 +178,7 @@ def _input_gradient(dy: Array, kernel: Array, stride: int, shape: tuple[int, ...
     acc = _acc(dy)
     padded = jnp.pad(dy, ((0, 0), (0, 1), (0, 1), (0, 0))).astype(acc)
 
-    def parity(rows: tuple, columns: tuple) -> Array:
+    def parity(rows: tuple, columns: tuple) -> Array | int:
         return sum(
             padded[:, down : down + out_h, right : right + out_w] * kernel[i, j].astype(acc)
             for i, down in rows

@@ -35,7 +35,7 @@ def gelu(x: Array) -> Array:
     """Exact GELU; the normal distribution's tail as Abramowitz and Stegun 7.1.26 (to 1e-7)."""
     u = jnp.abs(x) * math.sqrt(0.5)
     t = 1 / (1 + 0.3275911 * u)
-    poly = 1.061405429
+    poly: Array | float = 1.061405429
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         poly = poly * t + coefficient
     tail = 0.5 * poly * t * jnp.exp(-u * u)

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One call: L tokens, `heads` heads of P = `head_dim`, `groups` groups of N = `state`."""
+    """The sizes of a call: L = `length`, P = `head_dim`, N = `state`."""
 
     name: str
     length: int
@@ -27,11 +27,13 @@ class Spec:
         """Columns of x|B|C."""
         return self.inner + 2 * self.groups * self.state
 
-    def arguments(self, batch: int, dtype=jnp.float32, seed: int = 0) -> dict[str, jax.Array]:
+    def arguments(
+        self, batch: int, dtype: jax.typing.DTypeLike = jnp.float32, seed: int = 0
+    ) -> dict[str, jax.Array]:
         """Random arguments of `nc_ssd_gated`, of the size that a trained network has."""
         rng = np.random.default_rng(seed)
 
-        def normal(*shape):
+        def normal(*shape: int) -> np.ndarray:
             return rng.standard_normal(shape, np.float32)
 
         tokens, wide = (batch, self.length), jnp.promote_types(dtype, jnp.float32)

@@ -6,13 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import triton as plgpu
 
-from tests.kernels import test_depthwise_conv, test_nc_ssd
-from tests.kernels.poison import poisoned
-from vssd_jax.kernels import tiles
-from vssd_jax.kernels.mixer import nc_ssd_mixer, pallas, xla
+from tests.kernels import rows, test_depthwise_conv, test_nc_ssd
 from vssd_jax.kernels.nc_ssd.specs import Spec
+from vssd_jax.kernels.nc_ssd_mixer import OPERATION, MixerParams, nc_ssd_mixer, xla
 
 EPSILON = test_nc_ssd.EPSILON
 CASES = [  # height and width of the picture, channels, heads and their sizes
@@ -37,7 +34,7 @@ def by_name(case):
 
 
 def arguments(case, batch, dtype):
-    """Those of `nc_ssd_mixer`, with branch weights of ones."""
+    """Those of `nc_ssd_mixer`, with a branch scale of ones."""
     height, width, channels, spec = case
     rng = np.random.default_rng(1)
     a = spec.arguments(batch, dtype)
@@ -55,28 +52,28 @@ def arguments(case, batch, dtype):
         picture(a["token_weights"]),
         picture(a["z"]),
         jnp.ones(batch, wide),
-        normal(3, 3, spec.width) / 3,
-        normal(spec.width) / 3,
-        a["d"],
-        a["scale"],
-        a["bias"],
-        normal(spec.inner, channels) / spec.inner**0.5,
+        MixerParams(
+            normal(3, 3, spec.width) / 3,
+            normal(spec.width) / 3,
+            a["d"],
+            a["scale"],
+            a["bias"],
+            normal(spec.inner, channels) / spec.inner**0.5,
+        ),
     ]
 
 
-def formula(
-    x, xbc, token_weights, z, branch_weights, conv_kernel, conv_bias, d, scale, bias, out_kernel,
-    *, spec,
-):  # fmt: skip
+def formula(x, xbc, token_weights, z, branch_scale, params, *, spec):
+    conv_kernel, conv_bias, d, scale, bias, out_kernel = params
     xbc = test_depthwise_conv.reference(xbc, conv_kernel, conv_bias, 1, "silu", False)
     xbc, token_weights, z = (t.reshape(len(t), -1, t.shape[-1]) for t in (xbc, token_weights, z))
     y = test_nc_ssd.formula(xbc, token_weights, d, z, scale, bias, spec=spec)
-    return x + branch_weights.reshape(-1, 1, 1, 1) * (y @ out_kernel).reshape(x.shape)
+    return x + branch_scale.reshape(-1, 1, 1, 1) * (y @ out_kernel).reshape(x.shape)
 
 
 def compare(f, case, batch, dtype, tolerance, gradients=True):
     args, spec = arguments(case, batch, dtype), case[-1]
-    wide = [a.astype(jnp.float64) for a in args]
+    wide = jax.tree.map(lambda a: a.astype(jnp.float64), args)
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(f, args):
@@ -88,13 +85,14 @@ def compare(f, case, batch, dtype, tolerance, gradients=True):
     expected = run(functools.partial(formula, spec=spec), wide)
     actual = run(functools.partial(f, groups=spec.groups, epsilon=EPSILON), args)
     assert actual[0].dtype == dtype
-    for a, b in zip(actual, expected, strict=True):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         error = jnp.linalg.norm((a.astype(jnp.float64) - b).ravel())
         assert error < tolerance * jnp.linalg.norm(b.ravel())
 
 
-def interpreted(x, xbc, token_weights, z, branch_weights, *weights, **options):
-    return pallas.nc_ssd_mixer(x, xbc, token_weights, z, *weights, **options, interpret=True)
+def interpreted(x, xbc, token_weights, z, branch_scale, params, **options):
+    f = rows.pallas(OPERATION).nc_ssd_mixer
+    return f(x, xbc, token_weights, z, None, params, **options)
 
 
 @pytest.mark.parametrize("case", CASES, ids=by_name)
@@ -103,8 +101,7 @@ def test_xla_float64(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=by_name)
-def test_pallas_float32(case, monkeypatch):
-    monkeypatch.setattr(tiles, "plgpu", poisoned(plgpu))
+def test_pallas_float32(case, poisoned_tails):
     compare(interpreted, case, 2, jnp.float32, 1e-5, gradients=False)
 
 
@@ -113,13 +110,13 @@ def test_pallas_narrow(dtype, tolerance):
     compare(interpreted, CASES[0], 2, dtype, tolerance, gradients=False)
 
 
-def test_what_it_cannot_do():
-    args = arguments(CASES[0], 1, jnp.bfloat16)
-    *sharded, branch_weights = args[:5]
-    assert pallas.supports(*sharded, None, groups=1) is None
-    assert "stochastic depth" in pallas.supports(*sharded, branch_weights, groups=1)
-    sharded[0] = sharded[0].astype(jnp.float32)
-    assert "float32" in pallas.supports(*sharded, None, groups=1)
+def test_what_the_kernels_cannot_do():
+    supports = rows.pallas(OPERATION).supports
+    *arrays, branch_scale, _ = arguments(CASES[0], 1, jnp.bfloat16)
+    assert supports(*arrays, None, groups=1) is None
+    assert "stochastic depth" in supports(*arrays, branch_scale, groups=1)
+    arrays[0] = arrays[0].astype(jnp.float32)
+    assert "float32" in supports(*arrays, None, groups=1)
 
 
 @pytest.mark.gpu
@@ -136,9 +133,8 @@ def test_what_it_cannot_do():
 )
 @SIXTEEN_BITS
 def test_gpu(case, implementation, dtype, tolerance):
-    def f(x, xbc, token_weights, z, branch_weights, *weights, **options):
-        return nc_ssd_mixer(
-            x, xbc, token_weights, z, None, *weights, **options, implementation=implementation
-        )
+    def f(x, xbc, token_weights, z, branch_scale, params, **options):
+        options["implementation"] = implementation
+        return nc_ssd_mixer(x, xbc, token_weights, z, None, params, **options)
 
     compare(f, case, 4, dtype, tolerance, gradients=False)
