@@ -1,17 +1,23 @@
 """Every test runs on the CPU, but those marked `gpu`; none needs a network."""
 
+import gc
 import os
 import pathlib
+import sys
 import tempfile
 
 import pytest
+from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Runs that resume or repeat compile once; subprocesses share the folder.
-_CACHE = tempfile.TemporaryDirectory(prefix="vssd-jax-compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "2"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Runs that resume or repeat compile once; workers and subprocesses share the folder.
+    _CACHE = tempfile.TemporaryDirectory(prefix="vssd-jax-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
+# Shapes in annotations are checked whenever a function of these packages is called.
+if os.environ.get("HOOK"): install_import_hook(["vssd_jax.kernels", "vssd_jax.models"], "beartype.beartype")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parents[1]
@@ -36,3 +42,12 @@ def x64():
 
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_programs():
+    """Compiled programs of one file are of no use to the next, and take gigabytes together."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
