@@ -127,8 +127,8 @@ def test_without_norm_and_under_transformations():
 def test_what_the_kernels_cannot_do():
     a, supports = specs.EDGES[0].arguments(1, jnp.float64), rows.pallas(OPERATION).supports
     assert "float64" in supports(a["xbc"], a["token_weights"], inner=128, groups=1)
-    wide = jnp.zeros((1, 3, 64 + 2 * 200)), jnp.zeros((1, 3, 1))
-    assert "a state of 200 x 64" in supports(*wide, inner=64, groups=1)
+    wide = jnp.zeros((1, 3, 64 + 2 * 300)), jnp.zeros((1, 3, 1))
+    assert "a state of 300 x 64" in supports(*wide, inner=64, groups=1)
 
 
 @pytest.mark.parametrize(
