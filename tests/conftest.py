@@ -7,7 +7,6 @@ import sys
 import tempfile
 
 import pytest
-from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -16,8 +15,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
-# Shapes in annotations are checked whenever a function of these packages is called.
-if os.environ.get("HOOK"): install_import_hook(["vssd_jax.kernels", "vssd_jax.models"], "beartype.beartype")
+# LLVM's optimisations take a third of the time and change little for models this small; the slow
+# tests, of the real models, run as users do.
+FAST_COMPILATION = "--xla_backend_optimization_level=0"
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parents[1]
@@ -25,6 +25,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def pytest_configure(config):
     # Before jax is imported, by the first test module.
+    if "slow" not in config.option.markexpr.replace("not slow", ""):
+        os.environ.setdefault("XLA_FLAGS", FAST_COMPILATION)
     if config.option.markexpr == "gpu":
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # test processes share the memory
         import jax

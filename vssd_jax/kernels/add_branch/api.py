@@ -9,12 +9,12 @@ OPERATION = dispatch.Operation(
 
 
 def add_branch(
-    x: Float[Array, "B *rest"],
-    branch: Float[Array, "B *rest"],
-    branch_scale: Float[Array, "B"] | None,
+    x: Float[Array, "B ..."],
+    branch: Float[Array, "B ..."],
+    branch_scale: Float[Array, " B"] | None,
     *,
     implementation: str | None = None,
-) -> Float[Array, "B *rest"]:
+) -> Float[Array, "B ..."]:
     """`x + branch_scale * branch`.
 
     Args:

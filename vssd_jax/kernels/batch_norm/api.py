@@ -12,13 +12,13 @@ OPERATION = dispatch.Operation(
 
 def batch_norm(
     x: Float[Array, "*batch C"],
-    scale: Float[Array, "C"],
-    bias: Float[Array, "C"],
+    scale: Float[Array, " C"],
+    bias: Float[Array, " C"],
     epsilon: float,
     dtype: jax.typing.DTypeLike,
     *,
     implementation: str | None = None,
-) -> tuple[Float[Array, "*batch C"], Float[Array, "C"], Float[Array, "C"]]:
+) -> tuple[Float[Array, "*batch C"], Float[Array, " C"], Float[Array, " C"]]:
     """Normalises with the moments of the batch, over all axes but the last.
 
     Args:

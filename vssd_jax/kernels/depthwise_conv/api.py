@@ -17,7 +17,7 @@ OPERATION = dispatch.Operation(
 def depthwise_conv(
     x: Float[Array, "B H W C"],
     kernel: Float[Array, "3 3 C"],
-    bias: Float[Array, "C"],
+    bias: Float[Array, " C"],
     *,
     stride: int = 1,
     activation: str | None = None,

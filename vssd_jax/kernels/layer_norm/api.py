@@ -17,8 +17,8 @@ OPERATION = dispatch.Operation(
 
 def layer_norm(
     x: Float[Array, "*batch C"],
-    scale: Float[Array, "C"],
-    bias: Float[Array, "C"],
+    scale: Float[Array, " C"],
+    bias: Float[Array, " C"],
     gate: Float[Array, "*batch C"] | None = None,
     epsilon: float = 1e-5,
     implementation: str | None = None,

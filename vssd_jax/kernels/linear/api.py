@@ -9,7 +9,7 @@ OPERATION = dispatch.Operation("linear", {"xla": dispatch.plain("vssd_jax.kernel
 def linear(
     x: Float[Array, "*batch C"],
     kernel: Float[Array, "C D"],
-    bias: Float[Array, "D"] | None = None,
+    bias: Float[Array, " D"] | None = None,
     *,
     implementation: str | None = None,
 ) -> Float[Array, "*batch D"]:

@@ -20,17 +20,17 @@ OPERATION = dispatch.Operation(
 class MLPParams(NamedTuple):
     """Scale and bias of the LayerNorm; kernels and biases of the linear layers, D hidden units."""
 
-    scale: Float[Array, "C"]
-    bias: Float[Array, "C"]
+    scale: Float[Array, " C"]
+    bias: Float[Array, " C"]
     w1: Float[Array, "C D"]
-    b1: Float[Array, "D"]
+    b1: Float[Array, " D"]
     w2: Float[Array, "D C"]
-    b2: Float[Array, "C"]
+    b2: Float[Array, " C"]
 
 
 def mlp(
     x: Float[Array, "B *tokens C"],
-    branch_scale: Float[Array, "B"] | None,
+    branch_scale: Float[Array, " B"] | None,
     params: MLPParams,
     *,
     epsilon: float = 1e-5,

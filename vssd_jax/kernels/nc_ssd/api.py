@@ -32,7 +32,7 @@ GATED_OPERATION = dispatch.Operation("nc_ssd_gated", _TABLE)
 def nc_ssd(
     xbc: Float[Array, "B L width"],
     token_weights: Float[Array, "B L heads"],
-    d: Float[Array, "heads"],
+    d: Float[Array, " heads"],
     *,
     inner: int,
     groups: int = 1,
@@ -64,10 +64,10 @@ def nc_ssd(
 def nc_ssd_gated(
     xbc: Float[Array, "B L width"],
     token_weights: Float[Array, "B L heads"],
-    d: Float[Array, "heads"],
+    d: Float[Array, " heads"],
     z: Float[Array, "B L inner"],
-    scale: Float[Array, "inner"],
-    bias: Float[Array, "inner"],
+    scale: Float[Array, " inner"],
+    bias: Float[Array, " inner"],
     *,
     inner: int,
     groups: int = 1,

@@ -26,10 +26,10 @@ class MixerParams(NamedTuple):
     """The parameters of `nc_ssd_mixer`."""
 
     conv_kernel: Float[Array, "3 3 width"]  # of the depthwise convolution of x|B|C
-    conv_bias: Float[Array, "width"]
-    d: Float[Array, "heads"]  # the skip weight of each head
-    scale: Float[Array, "inner"]  # of the LayerNorm over all heads
-    bias: Float[Array, "inner"]
+    conv_bias: Float[Array, " width"]
+    d: Float[Array, " heads"]  # the skip weight of each head
+    scale: Float[Array, " inner"]  # of the LayerNorm over all heads
+    bias: Float[Array, " inner"]
     out_kernel: Float[Array, "inner C"]  # of the output projection
 
 
@@ -38,7 +38,7 @@ def nc_ssd_mixer(
     xbc: Float[Array, "B H W width"],
     token_weights: Float[Array, "B H W heads"],
     z: Float[Array, "B H W inner"],
-    branch_scale: Float[Array, "B"] | None,
+    branch_scale: Float[Array, " B"] | None,
     params: MixerParams,
     *,
     groups: int = 1,

@@ -19,8 +19,8 @@ OPERATION = dispatch.Operation(
 
 def norm_linear(
     x: Float[Array, "B *tokens C"],
-    scale: Float[Array, "C"],
-    bias: Float[Array, "C"],
+    scale: Float[Array, " C"],
+    bias: Float[Array, " C"],
     kernel: Float[Array, "C columns"],
     *,
     widths: tuple[int, ...],
