@@ -147,6 +147,7 @@ class Conv(nnx.Module):
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         if scale is not None:
+            assert shift is not None
             kernel = kernel * scale
             bias = shift if bias is None else bias * scale + shift
         x = x.astype(dtype)

@@ -75,10 +75,11 @@ def under(torch_prefix: str, prefix: str, table: Table) -> Table:
 
 @functools.cache
 def _patterns(table: Table, side: int) -> list[re.Pattern]:
-    return [re.compile(re.escape(row[side]).replace(r"\{\}", r"(\d+)")) for row in table]
+    names = [(row.torch, row.ours)[side] for row in table]
+    return [re.compile(re.escape(name).replace(r"\{\}", r"(\d+)")) for name in names]
 
 
-_TORCH, _OURS = 0, 1  # the place of a side's name in `Row` and `Leaf`
+_TORCH, _OURS = 0, 1  # the two sides
 
 
 def _match(table: Table, name: str, side: int) -> tuple[str, Layout] | None:
@@ -87,7 +88,7 @@ def _match(table: Table, name: str, side: int) -> tuple[str, Layout] | None:
     for row, pattern in zip(table, _patterns(table, side), strict=True):
         if found := pattern.fullmatch(module):
             for leaf in row.kind:
-                if leaf_name == leaf[side]:
+                if leaf_name == (leaf.torch, leaf.ours)[side]:
                     other = (row.ours, row.torch)[side].format(*found.groups())
                     return f"{other}.{(leaf.ours, leaf.torch)[side]}", leaf.layout
     return None

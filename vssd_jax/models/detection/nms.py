@@ -4,9 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from vssd_jax.models.detection.boxes import areas, intersections
+from vssd_jax.types import Array, Bool, Float
 
 
-def nms(boxes, scores, usable, threshold: float):
+def nms(
+    boxes: Float[Array, "N 4"],
+    scores: Float[Array, " N"],
+    usable: Bool[Array, " N"],
+    threshold: float,
+) -> Bool[Array, " N"]:
     """Greedy non-maximum suppression, exactly, without a loop over the boxes.
 
     In the order of the scores (equal ones: of the indices), a box is kept if no kept box before
@@ -33,10 +39,10 @@ def nms(boxes, scores, usable, threshold: float):
     )
     suppresses = overlap & before & usable[:, None]
 
-    def judge(kept):
+    def judge(kept: Bool[Array, " N"]) -> Bool[Array, " N"]:
         return usable & ~(suppresses & kept[:, None]).any(0)
 
-    def changed(state):
+    def changed(state: tuple[jax.Array, jax.Array]) -> jax.Array:
         return (state[0] != state[1]).any()
 
     # The carried pair: the last two judgements.

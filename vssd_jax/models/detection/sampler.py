@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from vssd_jax.models.detection.assigner import NEGATIVE
+from vssd_jax.types import Array, Bool, Int
 
 
-def sample(key, assigned, num: int, positive_fraction: float):
+def sample(
+    key: jax.Array, assigned: Int[Array, " N"], num: int, positive_fraction: float
+) -> tuple[Int[Array, " K"], Bool[Array, " K"]]:
     """Chooses `num` boxes, at most `positive_fraction` of them positive, filled up by negatives.
 
     Args:
