@@ -70,7 +70,7 @@ def check_memory(needed: int, what: str) -> None:
 
 def program_bytes(program: jax.stages.Compiled) -> int:
     """Memory per device while a compiled program runs, its arguments included."""
-    memory = program.memory_analysis()
+    memory: Any = program.memory_analysis()
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

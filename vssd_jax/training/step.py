@@ -103,10 +103,11 @@ def make_train_step(
         ema = optax.incremental_update({**params, **batch_stats}, state.ema, 1 - ema_decay)
         new = (params, batch_stats, opt_state, ema)
         old = (state.params, state.batch_stats, state.opt_state, state.ema)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-        state = TrainState(
-            state.step + 1, *new, nonfinite=jnp.where(finite, 0, state.nonfinite + 1)
+        params, batch_stats, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), new, old
         )
+        nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
+        state = TrainState(state.step + 1, params, batch_stats, opt_state, ema, nonfinite)
         skipped = 1 - finite.astype(jnp.float32)
         return state, {**metrics, "grad_norm": norm, "skipped": skipped}
 
