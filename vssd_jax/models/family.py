@@ -5,7 +5,6 @@ registers its own; a file outside of this package may register more.
 """
 
 import dataclasses
-import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -343,8 +342,14 @@ def build(
 def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
     """The module that `make` builds, with shapes in place of arrays; nothing is computed."""
 
-    # A stand-in for nnx.Rngs, which while tracing takes time quadratic in the number of keys.
-    def traced(key: jax.Array) -> nnx.Module:
-        return make(types.SimpleNamespace(params=lambda: key))  # type: ignore[arg-type]
+    return nnx.eval_shape(lambda key: make(_SameKey(key)), jax.random.key(0))
 
-    return nnx.eval_shape(traced, jax.random.key(0))
+
+class _SameKey(nnx.Rngs):
+    """Returns one key every time, for tracing: there `nnx.Rngs` takes quadratic time for n keys."""
+
+    def __init__(self, key: jax.Array) -> None:
+        self._key = key
+
+    def params(self) -> jax.Array:
+        return self._key
