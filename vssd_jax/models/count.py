@@ -16,7 +16,7 @@ UNCOUNTED = ("interpolation", "channel_sum")
 
 
 def count_parameters(model: nnx.Module) -> int:
-    """The number of trainable values; BatchNorm's statistics are none."""
+    """The number of trainable values, which does not include BatchNorm's statistics."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
@@ -24,15 +24,15 @@ def count_multiply_adds(model: nnx.Module, image_size: tuple[int, int]) -> int:
     """Multiply-adds of one image's forward pass.
 
     Counts the matrix products and convolutions of the traced program, and the products of the
-    taps of depthwise convolutions. What else is multiplied (norms, gates, token weights,
-    interpolation) is left out, as usual; products that interpolate or stand for a sum are in a
-    `jax.named_scope` of `UNCOUNTED`.
+    taps of depthwise convolutions. As usual, other multiplications (norms, gates, token weights,
+    interpolation) are not counted. Matrix products that interpolate, or that are an implementation
+    of a sum, are in a `jax.named_scope` of `UNCOUNTED`.
 
     Args:
       model: made by `vssd_jax.models.family.build`; its arrays are not used.
       image_size: height and width of the image.
     """
-    # Kernels would hide their products.
+    # The products inside a Pallas or Triton kernel cannot be seen.
     config, num_classes = cast(Model, model).config, cast(Model, model).num_classes
     make = cast(Callable[..., nnx.Module], type(model))
     plain = abstract(

@@ -1,7 +1,7 @@
-"""Models by name: what a model file declares of its models, and how they are made.
+"""Models by name: protocols, families of models, configs and building.
 
 A family is a kind of model in several sizes: `vssd_nano`, `vssd_tiny`, ... Each model file
-registers its own; a file outside of this package may register more.
+registers its own; files outside of this package may register more.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ class Detector(Model, Protocol):
         """The terms of the training loss by name, scalars to be summed.
 
         Args:
-          batch: M is the greatest number of objects of an image.
+          batch: M is the most objects that an image can have.
             image: (B, H, W, 3), normalised, then padded with zeros at the bottom and the right.
             image_shape: (B, 2) int32 height and width without the padding.
             boxes: (B, M, 4) x1 y1 x2 y2 in pixels.
@@ -195,14 +195,14 @@ class Family:
     """Models that differ in their config alone.
 
     Attributes:
-      prefix: what the models' names begin with; the variant follows.
+      prefix: the models' names are this and the variant's name.
       variants: the variant's name -> a function that makes its config, a frozen dataclass. The
         config of a model with a backbone has a field `backbone`, a `BackboneConfig`.
       module: called with (config, num_classes=, dtype=, remat=, implementation=, rngs=).
       num_classes: the default; None leaves it to the config.
       classifier: how the names of the parameters start whose shapes follow num_classes.
       torch_table: PyTorch's names of the parameters.
-      recognise: whether a PyTorch state dict is one of these models, and of what shape.
+      recognise: finds out whether a PyTorch state dict is one of these models, and its config.
       telling: the fields whose values distinguish the variants.
       recognise_backbone: the same for the model as a part of another, if it can be a backbone.
       training_fields: the config's fields that affect training alone.
@@ -236,12 +236,12 @@ def families() -> list[Family]:
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` knows."""
+    """The names of all registered models."""
     return [family.prefix + name for family in families() for name in family.variants]
 
 
 def find(name: str) -> tuple[Family, str]:
-    """The family and variant of a model's name; a UserError if there is none."""
+    """The family and variant of a model's name; raises a UserError for unknown names."""
     for family in families():
         variant = name.removeprefix(family.prefix)
         if name.startswith(family.prefix) and variant in family.variants:
@@ -294,7 +294,7 @@ def _alike(value: Any, default: Any) -> bool:
 
 
 def architecture(config: Any) -> dict[str, Any]:
-    """The fields of a config, those of its backbone among them."""
+    """All fields of a config, with those of its backbone beside them."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     backbone = values.pop("backbone", None)
     return values if backbone is None else values | architecture(backbone)

@@ -237,7 +237,7 @@ class MaskRCNN(nnx.Module):
         def propose(
             outputs: list[tuple[jax.Array, jax.Array]], shape: Int[Array, "2"]
         ) -> Proposals:
-            """Of one image."""
+            """The proposals of one image."""
             boxes, scores = [], []
             for (logits, deltas), (grid, inside) in zip(
                 outputs, self._anchors(maps, shape), strict=True
@@ -264,7 +264,7 @@ class MaskRCNN(nnx.Module):
         """The five terms of the training loss, to be summed.
 
         Args:
-          batch: M is the greatest number of objects of an image.
+          batch: M is the most objects that an image can have.
             image: (B, H, W, 3), normalised, then padded with zeros.
             image_shape: (B, 2) int32 height and width without the padding.
             boxes: (B, M, 4) in pixels.
@@ -293,13 +293,13 @@ class MaskRCNN(nnx.Module):
     def rpn_losses(
         self, outputs: RPNOutputs, maps: Maps, batch: dict[str, jax.Array], key: jax.Array
     ) -> tuple[Float[Array, " levels"], Float[Array, " levels"]]:
-        """Cross-entropy and L1 loss of the anchors, summed per level, over the samples' number.
+        """Cross-entropy and L1 loss of the sampled anchors: sums per level over their number.
 
         Args:
           outputs: of the RPN head per level.
           maps: the pyramid (for its sizes).
           batch: as in `losses`.
-          key: of the choice of anchors.
+          key: of the random choice of anchors.
 
         Returns:
           Two arrays (5,).
@@ -318,7 +318,7 @@ class MaskRCNN(nnx.Module):
             valid: Bool[Array, " M"],
             key: jax.Array,
         ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-            """Of one image: the terms per sample, their levels, and the divisor's share."""
+            """Of one image: both losses of each sample, its level, and the count to divide by."""
             levels = self._anchors(maps, shape)
             grid, inside = (jnp.concatenate(parts) for parts in zip(*levels, strict=True))
             assigned = assign(
@@ -352,13 +352,13 @@ class MaskRCNN(nnx.Module):
           maps: the pyramid.
           proposals: regions, to which the ground truth is added (`roi_add_objects`).
           batch: as in `losses`.
-          key: of the choice of regions.
+          key: of the random choice of regions.
 
         Returns:
           roi_cls, roi_box and roi_mask, scalars.
         """
         config = self.config
-        places = int(config.roi_samples * config.roi_positive_fraction)
+        max_positives = int(config.roi_samples * config.roi_positive_fraction)
 
         def choose(
             proposals: Proposals,
@@ -367,7 +367,7 @@ class MaskRCNN(nnx.Module):
             labels: Int[Array, " M"],
             key: jax.Array,
         ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-            """Of one image: regions, the object of each (-1: none), and which are used."""
+            """Of one image: regions, the object of each or -1, labels, and whether it is used."""
             assigned = assign(
                 proposals.boxes, proposals.valid, objects, valid,
                 positive_iou=0.5, negative_iou=0.5, min_positive_iou=0.5,
@@ -398,7 +398,7 @@ class MaskRCNN(nnx.Module):
 
         # The positive regions come first.
         regions, assigned, positive, of_class = (
-            x[:, :places] for x in (regions, assigned, positive, of_class)
+            x[:, :max_positives] for x in (regions, assigned, positive, of_class)
         )
         logits = _pick(self.mask_head(self._roi_features(maps, regions, MASK_BINS)), of_class)
         targets = jax.vmap(mask_targets)(batch["masks"], regions, assigned)
@@ -441,7 +441,7 @@ def _box_loss(
     stds: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0),
 ) -> Float[Array, "*shape"]:
     """L1 distance of the deltas to those that lead to the objects, 0 where not positive."""
-    # Boxes that are not positive have no target, perhaps not a finite one.
+    # Boxes that are not positive have no object, so that the encoding may not be finite.
     target = jnp.where(positive[..., None], box_ops.encode(boxes, objects, stds), 0)
     return jnp.where(positive, jnp.abs(deltas - target).sum(-1), 0)
 

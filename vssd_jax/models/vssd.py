@@ -1,7 +1,7 @@
 """VSSD: Vision Mamba with Non-Causal State Space Duality (arXiv 2407.18559).
 
-The file reads as the paper does: configuration, stem, mixers, block, stage, network; then what the
-released PyTorch checkpoints are called and how they are recognised.
+The order is the paper's: configuration, stem, mixers, block, stage, network. Then come the names of
+the parameters in the released PyTorch checkpoints, and how those are recognised.
 Arrays are channels-last. Shape letters: B batch, H and W height and width, L = H * W tokens,
 C channels, N state size, P head dimension.
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself before its first step."""
+"""The report at the start of a run: versions, devices, parameters, memory."""
 
 import importlib.metadata
 import json
@@ -18,12 +18,12 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
 def total_bytes(tree: Any) -> int:
-    """Of arrays (or their shapes), whole: for the state, the size of a checkpoint."""
+    """Bytes of all arrays (or their shapes) of a tree: for the state, the size of a checkpoint."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def device_bytes(tree: Any) -> int:
-    """Of the part of sharded arrays (or their shapes) that lies on each device."""
+    """Bytes on each device of a tree of sharded arrays (or their shapes)."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -57,7 +57,10 @@ def describe(config: Mapping[str, Any], mesh: jax.sharding.Mesh, state: TrainSta
 
 
 def check_memory(needed: int, what: str) -> None:
-    """Raises a UserError if a device has less than `needed` bytes, where it tells."""
+    """Raises a UserError if a device has less than `needed` bytes.
+
+    Some devices, such as CPUs, do not report how much they have: no error.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
     if limit is not None and needed > limit:

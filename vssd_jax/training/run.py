@@ -62,13 +62,13 @@ class StopSignal:
 
 
 class Run:
-    """What surrounds the steps of training; see `open_run`.
+    """The folder, clock and progress of a run, and its steps; made by `open_run`.
 
     Attributes:
       start: the step of the checkpoint that the run resumes from, 0 without one.
       stopping: whether a signal asked for the end.
       clock: of training; evaluation, saving and compilation pause it.
-      checkpoints: see there.
+      checkpoints: of the run's folder.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Run:
             )
         )
         while self._step < self._plan.total and not self.stopping:
-            # The first batch waits for the pipeline to start: no part of the speed.
+            # The first batch waits for the pipeline to start, which does not count as training.
             with self.clock.paused() if self._step == self.start else contextlib.nullcontext():
                 batch = next(batches)
             profiled = self._plan.profiled
@@ -117,7 +117,7 @@ class Run:
             yield self._step + 1, batch
 
     def done(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Counts a step, and looks for a signal."""
+        """Takes note of a step that was done, and checks for a signal."""
         if self._step == self.start:
             self._progress.unpause()  # the time left does not count the compilation
         self._step = step
@@ -188,7 +188,7 @@ def open_run(
     best_metric: str,
     checkpoint_bytes: int,
 ) -> Iterator[Run]:
-    """Claims the folder of a run and opens its checkpoints.
+    """Locks the folder of a run and opens its checkpoints.
 
     Args:
       workdir: the folder.

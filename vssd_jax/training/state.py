@@ -42,7 +42,8 @@ def init_state(
     """The state before the first step; the average starts at the initialisation.
 
     Args:
-      model, optimizer: see there.
+      model: the split model.
+      optimizer: of its parameters.
       key: of the initialisation.
       weights: take the place of fresh parameters and statistics, by dotted name.
     """
@@ -64,7 +65,7 @@ def init_state(
 def to_parts(state: TrainState) -> dict[str, dict[str, Any]]:
     """The parts of a checkpoint: "ema", by dotted name, and "train", the rest by tree path.
 
-    Names and arrays instead of the state itself: Orbax then need not know our classes.
+    A checkpoint of names and arrays can be read without the class of the state.
     """
     return {"ema": state.ema, "train": _named(dataclasses.replace(state, ema={}))}
 

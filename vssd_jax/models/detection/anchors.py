@@ -34,9 +34,9 @@ def anchors_on_image(
     anchors_per_cell: int,
     image_shape: Int[Array | np.ndarray, "2"],
 ) -> Bool[Array, " A"]:
-    """Which anchors belong to the image and not to the padding of the batch.
+    """Marks the anchors on the image, as opposed to those on the padding of the batch.
 
-    An image counts as if it were padded to multiples of 32 pixels only, as it would be alone.
+    The image counts with the padding that it would have alone: to multiples of 32 pixels.
 
     Args:
       shape, stride: as in `grid_anchors`.

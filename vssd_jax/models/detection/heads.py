@@ -1,4 +1,4 @@
-"""The pyramid and the heads, with the initialisation of mmdet."""
+"""The feature pyramid and the heads, with the initialisation of mmdet."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Masks: the targets of the mask head, and its predictions in the whole image."""
+"""Masks: the targets of the mask head, and its predictions pasted into the whole image."""
 
 from collections.abc import Sequence
 

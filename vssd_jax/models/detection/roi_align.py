@@ -13,7 +13,7 @@ import numpy as np
 
 from vssd_jax.types import Array, Float, Int
 
-# Regions whose intermediate result (bins, W, C) is in memory at a time, in bytes.
+# Bytes of intermediate results (bins, W, C) in memory at a time; more regions than fit take turns.
 _CHUNK_BYTES = 1 << 27
 
 
@@ -100,7 +100,7 @@ def _weigh(
     wy: Float[Array, "N bins H"],
     wx: Float[Array, "N bins W"],
 ) -> Float[Array, "B R bins bins C"]:
-    """The regions with weights wy (B * R, bins, H) and wx (B * R, bins, W)."""
+    """Features of regions, from their weights wy (B * R, bins, H) and wx (B * R, bins, W)."""
     batch, _, width, channels = features.shape
     bins = wy.shape[1]
     # The regions are on the first axis, which a scan takes one chunk at a time; the images are
@@ -124,7 +124,7 @@ def _weigh(
 def region_levels(
     boxes: Float[Array, "*shape 4"], levels: int, finest: float = 56.0
 ) -> Int[Array, "*shape"]:
-    """The level of the pyramid that serves a box (FPN, equation 1): (..., 4) -> (...) int32.
+    """The level of the pyramid for each box (FPN, equation 1): (..., 4) -> (...) int32.
 
     Boxes of a side of `finest` to twice that, and smaller ones, go to level 0.
     """
