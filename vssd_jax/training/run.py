@@ -107,6 +107,7 @@ class Run:
                 disable=not is_main(),
             )
         )
+        self.clock.lap()  # neither restoring nor initialising the state is training
         while self._step < self._plan.total and not self.stopping:
             # The first batch waits for the pipeline to start, which does not count as training.
             with self.clock.paused() if self._step == self.start else contextlib.nullcontext():
