@@ -83,7 +83,7 @@ class Run:
         self._workdir, self._plan, self._best_metric = workdir, plan, best_metric
         self._max_nonfinite = max_nonfinite
         self.checkpoints, self.start = checkpoints, checkpoints.latest_step or 0
-        self.stopping, self.clock = False, Clock()
+        self.stopping, self._tracing, self.clock = False, False, Clock()
         self._step = self._logged_step = self.start
         self._since_log: list[dict[str, jax.Array]] = []
         self._resources = resources
@@ -112,9 +112,9 @@ class Run:
             # The first batch waits for the pipeline to start, which does not count as training.
             with self.clock.paused() if self._step == self.start else contextlib.nullcontext():
                 batch = next(batches)
-            profiled = self._plan.profiled
-            if self._step + 1 in profiled and self._step not in profiled:
+            if self._step + 1 in self._plan.profiled and not self._tracing:
                 jax.profiler.start_trace(self._workdir / "profile", create_perfetto_trace=True)
+                self._tracing = True
             yield self._step + 1, batch
 
     def done(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -124,10 +124,12 @@ class Run:
         self._step = step
         self._since_log.append(metrics)
         self._progress.update()
-        if step in self._plan.profiled and step + 1 not in self._plan.profiled:
+        self.stopping = self._stop_signal.before(step + 1)
+        last = step == self._plan.total or self.stopping
+        if self._tracing and (last or step + 1 not in self._plan.profiled):
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
-        self.stopping = self._stop_signal.before(step + 1)
+            self._tracing = False
 
     def log(self, learning_rate: float, nonfinite: int) -> dict[str, float]:
         """Writes the means of the metrics since the last log, learning rate and speed.
