@@ -169,6 +169,7 @@ class Run:
     def finish(self, results: Mapping[str, float]) -> None:
         """Waits for the last checkpoint and says how the run ended."""
         self.checkpoints.wait()
+        self._progress.close()  # the message begins a line of its own
         if self._step < self._plan.total:
             say(
                 f"stopped: {self._workdir} is saved at step {self._step} of {self._plan.total}; "
