@@ -155,7 +155,7 @@ class MaskRCNN(nnx.Module):
 
     def feature_maps(
         self, images: Images, rngs: nnx.Rngs | None = None
-    ) -> list[Float[Array, "B _ _ C"]]:
+    ) -> list[Float[Array, "B _ _ D"]]:
         """(B, H, W, 3) normalised images -> five maps (B, H/s, W/s, C), s = 4 8 16 32 64."""
         return self.neck(self.backbone.feature_maps(images, rngs))
 
