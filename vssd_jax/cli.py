@@ -1,6 +1,6 @@
-"""What the command-line scripts share.
+"""Shared by the command-line scripts: flags, the config, and errors.
 
-Whatever a user can mend ends with one clear line on standard error and exit status 2.
+An error that the user can correct is one line on standard error and exit status 2.
 """
 
 import os
@@ -8,10 +8,14 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags, logging
 
 from vssd_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 
 def define_config() -> flags.FlagHolder:
@@ -48,7 +52,7 @@ def join_processes() -> None:
     distributed.initialize(given.coordinator, given.num_processes, given.process_id)
 
 
-def load_config():
+def load_config() -> "ConfigDict":
     """The ConfigDict that `--config` names, with its overrides."""
     config = flags.FLAGS.config
     if config is None:
@@ -59,9 +63,10 @@ def load_config():
     try:
         config.to_dict()  # ml_collections keeps what the file raised for the first access
     except Exception as error:
-        while error.__cause__ is not None:
-            error = error.__cause__
-        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UserError(f"{path} cannot be loaded: {type(cause).__name__}: {cause}") from cause
     return config
 
 
@@ -80,8 +85,8 @@ def _config_path() -> pathlib.Path:
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main`."""
 
-    def parse(argv):
-        # --some-flag is --some_flag; what follows a dot or an equals sign stays.
+    def parse(argv: list[str]) -> list[str]:
+        # --some-flag is --some_flag; what follows a dot or an equals sign stays as it is.
         argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
         try:
             rest = flags.FLAGS(argv)
@@ -100,8 +105,8 @@ def run(main: Callable[[], None]) -> None:
             _fail(f"unexpected argument {rest[1]!r}; options are --name=value")
         return rest
 
-    def guarded(argv):
-        logging.set_verbosity(logging.FATAL)  # Orbax prints what it raises, too: a page
+    def guarded(argv: list[str]) -> None:
+        logging.set_verbosity(logging.FATAL)  # Orbax also logs every error it raises, a page each
         try:
             main()
             return
@@ -127,7 +132,7 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     line = "; ".join(part.strip() for part in message.splitlines() if part.strip())
     print(f"{pathlib.Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
@@ -135,7 +140,7 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def _exit_now(status: int) -> None:
+def _exit_now(status: int) -> NoReturn:
     """Ends a process of several, without the minutes of waiting for the others."""
     sys.stdout.flush()
     sys.stderr.flush()

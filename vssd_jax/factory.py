@@ -47,7 +47,7 @@ def create_model(
         overrides = loaded.overrides | overrides
         given, num_classes = num_classes, num_classes or loaded.num_classes
 
-    def make(rngs):
+    def make(rngs: nnx.Rngs) -> nnx.Module:
         return family.build(
             name,
             num_classes=num_classes,

@@ -1,24 +1,132 @@
-"""Models by name: what a model file declares of its models, and how they are made.
+"""Models by name: protocols, families of models, configs and building.
 
 A family is a kind of model in several sizes: `vssd_nano`, `vssd_tiny`, ... Each model file
-registers its own; a file outside of this package may register more.
+registers its own; files outside of this package may register more.
 """
 
 import dataclasses
-import types
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vssd_jax.errors import UserError, did_you_mean
 from vssd_jax.models.torch_names import Table, TensorShapes
+from vssd_jax.types import Array, Float, Int
+
+# Users may call models with NumPy arrays.
+Images = Float[Array | np.ndarray, "B H W C"]
+ImageShapes = Int[Array | np.ndarray, "B 2"]
 
 
+# --- What a model must have ---------------------------------------------------------------------
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What every model has besides being an `nnx.Module`.
+
+    Attributes:
+      config: its architecture, a frozen dataclass.
+      num_classes: size of the classifier; None for a backbone.
+    """
+
+    config: Any
+    num_classes: int | None
+
+
+@runtime_checkable
+class Classifier(Model, Protocol):
+    """What the classification task calls."""
+
+    def __call__(self, images: Images, rngs: nnx.Rngs | None = None) -> Float[Array, "B K"]:
+        """(B, H, W, 3) normalised images -> (B, num_classes) float32 logits.
+
+        `rngs` has the `dropout` stream if the model needs one in training.
+        """
+        ...
+
+
+class Detections(NamedTuple):
+    """The objects that a detector found, best first; D is the most it returns for an image.
+
+    Attributes:
+      boxes: (B, D, 4) x1 y1 x2 y2 in pixels of the padded image.
+      scores: (B, D), 0 to 1.
+      labels: (B, D) int32 class indices.
+      valid: (B, D) bool, False for padding at the end.
+      masks: (B, D, 28, 28) logits of each box's class; see `detection.masks.paste_masks`.
+    """
+
+    boxes: jax.Array
+    scores: jax.Array
+    labels: jax.Array
+    valid: jax.Array
+    masks: jax.Array
+
+
+@runtime_checkable
+class Detector(Model, Protocol):
+    """What the detection task calls."""
+
+    def losses(self, batch: dict[str, jax.Array], rngs: nnx.Rngs) -> dict[str, jax.Array]:
+        """The terms of the training loss by name, scalars to be summed.
+
+        Args:
+          batch: M is the most objects that an image can have.
+            image: (B, H, W, 3), normalised, then padded with zeros at the bottom and the right.
+            image_shape: (B, 2) int32 height and width without the padding.
+            boxes: (B, M, 4) x1 y1 x2 y2 in pixels.
+            labels: (B, M) int32 class indices.
+            valid: (B, M) bool, False for padding.
+            masks: (B, M, H, W / 8) uint8, a bit a pixel along the width.
+          rngs: with the streams `sampling` and `dropout`.
+        """
+        ...
+
+    def predict(self, images: Images, image_shapes: ImageShapes) -> Detections:
+        """Detects objects.
+
+        Args:
+          images: (B, H, W, 3), normalised, then padded with zeros at the bottom and the right.
+          image_shapes: (B, 2) int32 height and width without the padding.
+        """
+        ...
+
+
+@runtime_checkable
+class Segmentor(Model, Protocol):
+    """What the segmentation task calls.
+
+    Attributes:
+      aux_weight: weight of the auxiliary head's loss; without effect if there is no such head.
+    """
+
+    aux_weight: float
+
+    def __call__(self, images: Images, rngs: nnx.Rngs | None = None) -> tuple[jax.Array, ...]:
+        """Logits of the decoder and, if there is one, of the auxiliary head, for the loss.
+
+        Args:
+          images: (B, H, W, 3), normalised.
+          rngs: with the `dropout` stream if the model needs one in training.
+
+        Returns:
+          One or two arrays (B, H', W', num_classes), float32, of any height and width.
+        """
+        ...
+
+    def logits(self, images: Images) -> Float[Array, "B H W K"]:
+        """(B, H, W, 3) images -> (B, H, W, num_classes) logits, float32, at the images' size."""
+        ...
+
+
+@runtime_checkable
 class Backbone(Protocol):
-    """All that a detector, a segmentor or a picture of features knows of a backbone.
+    """What a detector or segmentor calls of its backbone.
 
     Attributes:
       widths: channels of each feature map, from fine to coarse.
@@ -28,9 +136,7 @@ class Backbone(Protocol):
     widths: tuple[int, ...]
     strides: tuple[int, ...]
 
-    def feature_maps(
-        self, images: jax.Array, rngs: nnx.Rngs | None = None
-    ) -> list[jax.Array]:
+    def feature_maps(self, images: Images, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
         """(B, H, W, 3) normalised images -> maps (B, ceil(H/s), ceil(W/s), width), any H and W.
 
         `rngs` has the `dropout` stream, which a backbone with drop path needs in training.
@@ -38,8 +144,9 @@ class Backbone(Protocol):
         ...
 
 
+@runtime_checkable
 class BackboneConfig(Protocol):
-    """A dataclass with the fields of a backbone."""
+    """The config of a backbone, a frozen dataclass."""
 
     def make_backbone(
         self,
@@ -53,8 +160,11 @@ class BackboneConfig(Protocol):
         ...
 
 
+# --- Families -----------------------------------------------------------------------------------
+
+
 class Recognised(NamedTuple):
-    """What the shapes of a PyTorch state dict say of its model.
+    """What the shapes in a PyTorch state dict show of its model.
 
     Attributes:
       num_classes: the size of the classifier.
@@ -65,15 +175,16 @@ class Recognised(NamedTuple):
     fields: dict[str, Any]
 
 
-# `recognise_backbone(shapes, known, given)` gives the fields of the config that the shapes of a
-# PyTorch state dict show. It is called twice: first with `known` None, when only the fields that
-# tell the variants apart are needed; then `known` has all fields of the config as they are known so
-# far, and `given` the names of those that the user gave. They decide where shapes alone do not: of
-# two fields perhaps only the product shows. Damaged tensors are a UserError.
+# `recognise_backbone(shapes, known, given)` returns the fields of the config that the shapes in a
+# PyTorch state dict show. It is called twice. First with `known` None, when only the fields that
+# distinguish the variants are needed. Then `known` has all fields of the config, those of the
+# variant found and those that the user gave, whose names are in `given`. They decide where shapes
+# alone do not: of two fields the shapes may show only the product. It raises a UserError for
+# damaged tensors.
 BackboneRecogniser = Callable[
     [TensorShapes, Mapping[str, Any] | None, Collection[str]], dict[str, Any]
 ]
-# The same for a whole model; None if the state dict is not one of the family.
+# The same for a whole model; None if the state dict is not of this family.
 Recogniser = Callable[
     [TensorShapes, Mapping[str, Any] | None, Collection[str]], Recognised | None
 ]
@@ -84,17 +195,17 @@ class Family:
     """Models that differ in their config alone.
 
     Attributes:
-      prefix: what the models' names begin with; the variant follows.
+      prefix: the models' names are this and the variant's name.
       variants: the variant's name -> a function that makes its config, a frozen dataclass. The
         config of a model with a backbone has a field `backbone`, a `BackboneConfig`.
       module: called with (config, num_classes=, dtype=, remat=, implementation=, rngs=).
       num_classes: the default; None leaves it to the config.
       classifier: how the names of the parameters start whose shapes follow num_classes.
       torch_table: PyTorch's names of the parameters.
-      recognise: whether a PyTorch state dict is one of these models, and of what shape.
-      telling: the fields whose values tell the variants apart.
+      recognise: finds out whether a PyTorch state dict is one of these models, and its config.
+      telling: the fields whose values distinguish the variants.
       recognise_backbone: the same for the model as a part of another, if it can be a backbone.
-      training_fields: the config's fields that change nothing but training.
+      training_fields: the config's fields that affect training alone.
       backbone: the family of classifiers whose weights may start the backbone, if there is one.
     """
 
@@ -125,12 +236,12 @@ def families() -> list[Family]:
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` knows."""
+    """The names of all registered models."""
     return [family.prefix + name for family in families() for name in family.variants]
 
 
 def find(name: str) -> tuple[Family, str]:
-    """The family and variant of a model's name; a UserError if there is none."""
+    """The family and variant of a model's name; raises a UserError for unknown names."""
     for family in families():
         variant = name.removeprefix(family.prefix)
         if name.startswith(family.prefix) and variant in family.variants:
@@ -183,7 +294,7 @@ def _alike(value: Any, default: Any) -> bool:
 
 
 def architecture(config: Any) -> dict[str, Any]:
-    """The fields of a config, those of its backbone among them."""
+    """All fields of a config, with those of its backbone beside them."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     backbone = values.pop("backbone", None)
     return values if backbone is None else values | architecture(backbone)
@@ -231,8 +342,14 @@ def build(
 def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
     """The module that `make` builds, with shapes in place of arrays; nothing is computed."""
 
-    # A stand-in for nnx.Rngs, which while tracing takes time quadratic in the number of keys.
-    def traced(key: jax.Array) -> nnx.Module:
-        return make(types.SimpleNamespace(params=lambda: key))  # type: ignore[arg-type]
+    return nnx.eval_shape(lambda key: make(_SameKey(key)), jax.random.key(0))
 
-    return nnx.eval_shape(traced, jax.random.key(0))
+
+class _SameKey(nnx.Rngs):
+    """Returns one key every time, for tracing: there `nnx.Rngs` takes quadratic time for n keys."""
+
+    def __init__(self, key: jax.Array) -> None:
+        self._key = key
+
+    def params(self) -> jax.Array:
+        return self._key

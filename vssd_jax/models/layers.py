@@ -1,4 +1,4 @@
-"""The layers that the networks are made of.
+"""Layers that the networks share.
 
 Parameters and statistics are float32 whatever the compute dtype; so are norms. (With
 `dtype=float64` everything is float64: the parity tests.) Arrays are channels-last.
@@ -75,7 +75,7 @@ def torch_uniform(fan_in: int) -> Initializer:
 
 
 def required(value: T | None, what: str) -> T:
-    """`value`, or a ValueError if the caller left it out."""
+    """`value`; raises a ValueError if it is None, with `what` as the subject of the message."""
     if value is None:
         raise ValueError(f"{what} needs rngs=nnx.Rngs(dropout=...) in training")
     return value
@@ -142,11 +142,15 @@ class Conv(nnx.Module):
         scale: Float[Array, " D"] | None = None,
         shift: Float[Array, " D"] | None = None,
     ) -> Float[Array, "B H2 W2 D"]:
-        """`conv(x) * scale + shift`, as one convolution: how a norm that follows is folded in."""
+        """`conv(x) * scale + shift` as one convolution: a norm that follows is folded into it.
+
+        `scale` and `shift` are both given or both None.
+        """
         dtype = self.precision.compute
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         if scale is not None:
+            assert shift is not None
             kernel = kernel * scale
             bias = shift if bias is None else bias * scale + shift
         x = x.astype(dtype)
@@ -309,7 +313,7 @@ NORMS = (
 
 
 def norm_parameters(model: nnx.Module) -> set[str]:
-    """The dotted names of the parameters that belong to a norm, of any of the types in `NORMS`."""
+    """The dotted names of the parameters of all modules whose type is in `NORMS`."""
     norms = [path for path, module in nnx.iter_graph(model) if isinstance(module, NORMS)]
     return {
         ".".join(map(str, path))
@@ -324,7 +328,7 @@ def norm_parameters(model: nnx.Module) -> set[str]:
 class DropPath(nnx.Module):
     """Stochastic depth: in training, drops the branch of a whole sample with probability `rate`.
 
-    Gives the factors (B,) by which a residual branch is scaled, 0 or 1 / (1 - rate); None for ones.
+    A call returns the factors (B,) of a residual branch, 0 or 1 / (1 - rate), or None if all are 1.
     """
 
     def __init__(self, rate: float) -> None:

@@ -1,12 +1,12 @@
 """Mask R-CNN with a feature pyramid on VSSD (He et al., arXiv 1703.06870; the VSSD paper, 4.2).
 
 Everything has a fixed shape: a batch is padded to one size, objects and proposals to a fixed
-number, and masks tell what is real. Semantics are those of mmdet 3.3, with which the released
-checkpoints were trained. Boxes are x1 y1 x2 y2 in pixels of the padded image.
+number, and boolean masks mark the padding. Semantics are those of mmdet 3.3, with which the
+released checkpoints were trained. Boxes are x1 y1 x2 y2 in pixels of the padded image.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,12 +22,24 @@ from vssd_jax.models.detection.masks import mask_targets
 from vssd_jax.models.detection.nms import nms
 from vssd_jax.models.detection.roi_align import pyramid_roi_align
 from vssd_jax.models.detection.sampler import sample
-from vssd_jax.models.family import BackboneConfig, Family, Recognised, register
+from vssd_jax.models.family import (
+    BackboneConfig,
+    Detections,
+    Family,
+    Images,
+    ImageShapes,
+    Recognised,
+    register,
+)
 from vssd_jax.models.layers import Precision
 from vssd_jax.models.torch_names import Row, TensorShapes
 from vssd_jax.models.vssd import VSSDConfig
+from vssd_jax.types import Array, Bool, Float, Int
 
 BOX_BINS, MASK_BINS = 7, 14
+
+Maps = Sequence[Float[Array, "B _ _ C"]]  # of the pyramid, from fine to coarse
+RPNOutputs = list[tuple[Float[Array, "B _"], Float[Array, "B _ 4"]]]  # logits and deltas by level
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,24 +113,6 @@ class Proposals(NamedTuple):
     valid: jax.Array
 
 
-class Detections(NamedTuple):
-    """What `MaskRCNN.predict` found, best first; D is `max_detections`.
-
-    Attributes:
-      boxes: (B, D, 4) in pixels of the padded image.
-      scores: (B, D), 0 to 1.
-      labels: (B, D) int32 class indices.
-      valid: (B, D) bool, False for padding at the end.
-      masks: (B, D, 28, 28) logits of each box's class; see `detection.masks.paste_masks`.
-    """
-
-    boxes: jax.Array
-    scores: jax.Array
-    labels: jax.Array
-    valid: jax.Array
-    masks: jax.Array
-
-
 class MaskRCNN(nnx.Module):
     """The detector.
 
@@ -140,10 +134,10 @@ class MaskRCNN(nnx.Module):
         implementation: str | None = None,
         remat: bool = False,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.config, self.precision = config, Precision(jnp.dtype(dtype))
         self.num_classes = config.num_classes if num_classes is None else num_classes
-        options = {"precision": self.precision, "rngs": rngs}
+        options: dict[str, Any] = {"precision": self.precision, "rngs": rngs}
         channels = config.fpn_channels
         self.backbone = config.backbone.make_backbone(
             dtype=dtype, implementation=implementation, remat=remat, rngs=rngs
@@ -159,29 +153,41 @@ class MaskRCNN(nnx.Module):
 
     # --- Inference ------------------------------------------------------------------------------
 
-    def feature_maps(self, images: jax.Array, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
+    def feature_maps(
+        self, images: Images, rngs: nnx.Rngs | None = None
+    ) -> list[Float[Array, "B _ _ D"]]:
         """(B, H, W, 3) normalised images -> five maps (B, H/s, W/s, C), s = 4 8 16 32 64."""
         return self.neck(self.backbone.feature_maps(images, rngs))
 
-    def __call__(self, images: jax.Array, image_shapes: jax.Array | None = None) -> Detections:
+    def __call__(self, images: Images, image_shapes: ImageShapes | None = None) -> Detections:
         """The same as `predict`; without `image_shapes` there is no padding."""
         if image_shapes is None:
             image_shapes = jnp.tile(jnp.array(images.shape[1:3]), (len(images), 1))
         return self.predict(images, image_shapes)
 
-    def predict(self, images: jax.Array, image_shapes: jax.Array) -> Detections:
+    def predict(self, images: Images, image_shapes: ImageShapes) -> Detections:
         """Detects objects.
 
         Args:
           images: (B, H, W, 3), normalised, then padded with zeros at the bottom and the right.
           image_shapes: (B, 2) int32 height and width without the padding.
+
+        Returns:
+          At most `max_detections` objects of each image.
         """
-        config = self.config
+        config, image_shapes = self.config, jnp.asarray(image_shapes)
         maps = self.feature_maps(images)
         proposals = self.proposals(maps, image_shapes, config.rpn_pre_nms)
         logits, deltas = self.box_head(self._roi_features(maps, proposals.boxes, BOX_BINS))
 
-        def detect(regions, valid, logits, deltas, shape):
+        def detect(
+            regions: Float[Array, "P 4"],
+            valid: Bool[Array, " P"],
+            logits: Float[Array, "P classes_and_background"],
+            deltas: Float[Array, "P classes 4"],
+            shape: Int[Array, "2"],
+        ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+            """Boxes, scores, labels and their validity of one image."""
             classes = logits.shape[-1] - 1
             scores = jax.nn.softmax(logits)[:, :-1]
             boxes = box_ops.decode(regions[:, None], deltas, shape, _BOX_STDS)
@@ -199,7 +205,9 @@ class MaskRCNN(nnx.Module):
         masks = self.mask_head(self._roi_features(maps, boxes, MASK_BINS))
         return Detections(boxes, scores, labels.astype(jnp.int32), valid, _pick(masks, labels))
 
-    def proposals(self, maps, image_shapes, pre_nms: int) -> Proposals:
+    def proposals(
+        self, maps: Maps, image_shapes: Int[Array, "B 2"], pre_nms: int
+    ) -> Proposals:
         """Regions that may hold an object.
 
         Args:
@@ -209,21 +217,27 @@ class MaskRCNN(nnx.Module):
         """
         return self._proposals([self.rpn_head(x) for x in maps], maps, image_shapes, pre_nms)
 
-    def _anchors(self, maps, image_shape):
-        """Per level: the anchors (A, 4), and (A,) which of them are not in the padding."""
+    def _anchors(
+        self, maps: Maps, image_shape: Int[Array, "2"]
+    ) -> list[tuple[Float[Array, "_ 4"], Bool[Array, " _"]]]:
+        """The anchors of each level, and for each anchor whether it is outside the padding."""
         config, result = self.config, []
         for x, stride in zip(maps, self.strides, strict=True):
-            size, ratios = x.shape[1:3], config.anchor_ratios
+            size, ratios = (x.shape[1], x.shape[2]), config.anchor_ratios
             grid = anchor_grid.grid_anchors(size, stride, scale=config.anchor_scale, ratios=ratios)
             inside = anchor_grid.anchors_on_image(size, stride, len(ratios), image_shape)
             result.append((jnp.asarray(grid), inside))
         return result
 
-    def _proposals(self, outputs, maps, image_shapes, pre_nms):
+    def _proposals(
+        self, outputs: RPNOutputs, maps: Maps, image_shapes: Int[Array, "B 2"], pre_nms: int
+    ) -> Proposals:
         config = self.config
 
-        def propose(outputs, shape):
-            """Of one image."""
+        def propose(
+            outputs: list[tuple[jax.Array, jax.Array]], shape: Int[Array, "2"]
+        ) -> Proposals:
+            """The proposals of one image."""
             boxes, scores = [], []
             for (logits, deltas), (grid, inside) in zip(
                 outputs, self._anchors(maps, shape), strict=True
@@ -239,7 +253,9 @@ class MaskRCNN(nnx.Module):
 
         return jax.vmap(propose)(outputs, image_shapes)
 
-    def _roi_features(self, maps, boxes, bins):
+    def _roi_features(
+        self, maps: Maps, boxes: Float[Array, "B R 4"], bins: int
+    ) -> Float[Array, "B R {bins} {bins} C"]:
         return pyramid_roi_align(maps[:-1], self.strides[:-1], boxes, bins)
 
     # --- Training -------------------------------------------------------------------------------
@@ -248,7 +264,7 @@ class MaskRCNN(nnx.Module):
         """The five terms of the training loss, to be summed.
 
         Args:
-          batch: M is the greatest number of objects of an image.
+          batch: M is the most objects that an image can have.
             image: (B, H, W, 3), normalised, then padded with zeros.
             image_shape: (B, 2) int32 height and width without the padding.
             boxes: (B, M, 4) in pixels.
@@ -274,14 +290,16 @@ class MaskRCNN(nnx.Module):
             **self.roi_losses(maps, proposals, batch, rngs.sampling()),
         }
 
-    def rpn_losses(self, outputs, maps, batch, key) -> tuple[jax.Array, jax.Array]:
-        """Cross-entropy and L1 loss of the anchors, summed per level, over the samples' number.
+    def rpn_losses(
+        self, outputs: RPNOutputs, maps: Maps, batch: dict[str, jax.Array], key: jax.Array
+    ) -> tuple[Float[Array, " levels"], Float[Array, " levels"]]:
+        """Cross-entropy and L1 loss of the sampled anchors: sums per level over their number.
 
         Args:
           outputs: of the RPN head per level.
           maps: the pyramid (for its sizes).
           batch: as in `losses`.
-          key: of the choice of anchors.
+          key: of the random choice of anchors.
 
         Returns:
           Two arrays (5,).
@@ -292,8 +310,15 @@ class MaskRCNN(nnx.Module):
         )
         logits, deltas = (jnp.concatenate(parts, axis=1) for parts in zip(*outputs, strict=True))
 
-        def terms(logits, deltas, shape, objects, valid, key):
-            """Of one image: the terms per sample, their levels, and the divisor's share."""
+        def terms(
+            logits: Float[Array, " A"],
+            deltas: Float[Array, "A 4"],
+            shape: Int[Array, "2"],
+            objects: Float[Array, "M 4"],
+            valid: Bool[Array, " M"],
+            key: jax.Array,
+        ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+            """Of one image: both losses of each sample, its level, and the count to divide by."""
             levels = self._anchors(maps, shape)
             grid, inside = (jnp.concatenate(parts) for parts in zip(*levels, strict=True))
             assigned = assign(
@@ -312,28 +337,37 @@ class MaskRCNN(nnx.Module):
         cls, box, levels, counts = jax.vmap(terms)(
             logits, deltas, batch["image_shape"], batch["boxes"], batch["valid"], keys
         )
-        return tuple(
+        rpn_cls, rpn_box = (
             jax.ops.segment_sum(term.reshape(-1), levels.reshape(-1), len(outputs)) / counts.sum()
             for term in (cls, box)
         )
+        return rpn_cls, rpn_box
 
-    def roi_losses(self, maps, proposals: Proposals, batch, key) -> dict[str, jax.Array]:
+    def roi_losses(
+        self, maps: Maps, proposals: Proposals, batch: dict[str, jax.Array], key: jax.Array
+    ) -> dict[str, jax.Array]:
         """Cross-entropy and L1 loss of the sampled regions, mask loss of the positive ones.
 
         Args:
           maps: the pyramid.
           proposals: regions, to which the ground truth is added (`roi_add_objects`).
           batch: as in `losses`.
-          key: of the choice of regions.
+          key: of the random choice of regions.
 
         Returns:
           roi_cls, roi_box and roi_mask, scalars.
         """
         config = self.config
-        places = int(config.roi_samples * config.roi_positive_fraction)
+        max_positives = int(config.roi_samples * config.roi_positive_fraction)
 
-        def choose(proposals, objects, valid, labels, key):
-            """Of one image: regions, the object of each (-1: none), and which are used."""
+        def choose(
+            proposals: Proposals,
+            objects: Float[Array, "M 4"],
+            valid: Bool[Array, " M"],
+            labels: Int[Array, " M"],
+            key: jax.Array,
+        ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+            """Of one image: regions, the object of each or -1, labels, and whether it is used."""
             assigned = assign(
                 proposals.boxes, proposals.valid, objects, valid,
                 positive_iou=0.5, negative_iou=0.5, min_positive_iou=0.5,
@@ -364,7 +398,7 @@ class MaskRCNN(nnx.Module):
 
         # The positive regions come first.
         regions, assigned, positive, of_class = (
-            x[:, :places] for x in (regions, assigned, positive, of_class)
+            x[:, :max_positives] for x in (regions, assigned, positive, of_class)
         )
         logits = _pick(self.mask_head(self._roi_features(maps, regions, MASK_BINS)), of_class)
         targets = jax.vmap(mask_targets)(batch["masks"], regions, assigned)
@@ -379,23 +413,35 @@ class MaskRCNN(nnx.Module):
 _BOX_STDS = (0.1, 0.1, 0.2, 0.2)
 
 
-def _top(scores, k):
+def _top(
+    scores: Float[Array, " N"], k: int
+) -> tuple[Float[Array, " K"], Int[Array, " K"]]:
     """The k greatest of (N,), or all if there are fewer, and their indices."""
     return jax.lax.top_k(scores, min(k, len(scores)))
 
 
-def _pick(masks, labels):
+def _pick(
+    masks: Float[Array, "B R H W classes"], labels: Int[Array, "B R"]
+) -> Float[Array, "B R H W"]:
     """The mask of each region's class: (B, R, H, W, classes) -> (B, R, H, W)."""
     return jnp.take_along_axis(masks, labels[..., None, None, None], axis=-1)[..., 0]
 
 
-def _binary_cross_entropy(logits, targets):
+def _binary_cross_entropy(
+    logits: Float[Array, "*shape"], targets: Bool[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     return jax.nn.softplus(logits) - jnp.where(targets, logits, 0)
 
 
-def _box_loss(boxes, deltas, objects, positive, stds=(1.0, 1.0, 1.0, 1.0)):
+def _box_loss(
+    boxes: Float[Array, "*shape 4"],
+    deltas: Float[Array, "*shape 4"],
+    objects: Float[Array, "*shape 4"],
+    positive: Bool[Array, "*shape"],
+    stds: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0),
+) -> Float[Array, "*shape"]:
     """L1 distance of the deltas to those that lead to the objects, 0 where not positive."""
-    # Boxes that are not positive have no target, perhaps not a finite one.
+    # Boxes that are not positive have no object, so that the encoding may not be finite.
     target = jnp.where(positive[..., None], box_ops.encode(boxes, objects, stds), 0)
     return jnp.where(positive, jnp.abs(deltas - target).sum(-1), 0)
 

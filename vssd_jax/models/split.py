@@ -1,4 +1,4 @@
-"""A module as its structure and its named arrays, which is what `jax.jit` and checkpoints want."""
+"""Modules split into structure and named arrays, the form for `jax.jit` and checkpoints."""
 
 from collections.abc import Callable, Mapping
 
@@ -14,8 +14,7 @@ Arrays = dict[str, jax.Array]
 class SplitModel:
     """A module split once into structure and arrays; `merge` puts the two together again.
 
-    So any Flax NNX module trains under `jax.jit` with any sharding, as plain functions of arrays by
-    dotted name.
+    Training is thus a function of arrays by dotted name, for any Flax NNX module and any sharding.
 
     Args:
       build: makes the module in training mode from an `nnx.Rngs`.

@@ -7,10 +7,19 @@ section 6), computed in chunks: within a chunk as masked attention, between chun
 import jax
 import jax.numpy as jnp
 
+from vssd_jax.types import Array, Float
+
 CHUNK = 64
 
 
-def causal_ssd(x, dt, a, b, c, d):
+def causal_ssd(
+    x: Float[Array, "B L inner"],
+    dt: Float[Array, "B L heads"],
+    a: Float[Array, " heads"],
+    b: Float[Array, "B L groups N"],
+    c: Float[Array, "B L groups N"],
+    d: Float[Array, " heads"],
+) -> Float[Array, "B L inner"]:
     """The scan along L.
 
     Args:
@@ -29,7 +38,8 @@ def causal_ssd(x, dt, a, b, c, d):
     chunk = min(CHUNK, length)
     chunks = -(-length // chunk)
 
-    def to_chunks(t):  # (B, L, ...) -> (chunks, B, chunk, ...); padded tokens have dt = 0
+    def to_chunks(t: Float[Array, "B L *rest"]) -> Float[Array, "chunks B chunk *rest"]:
+        # Padded tokens have dt = 0.
         t = jnp.pad(t, ((0, 0), (0, chunks * chunk - length)) + ((0, 0),) * (t.ndim - 2))
         return jnp.moveaxis(t.reshape(batch, chunks, chunk, *t.shape[2:]), 1, 0)
 
@@ -38,7 +48,9 @@ def causal_ssd(x, dt, a, b, c, d):
     decay = a.reshape(groups, heads // groups).astype(acc)
     causal = jnp.tril(jnp.ones((chunk, chunk), bool))
 
-    def step(state, inputs):
+    def step(
+        state: jax.Array, inputs: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, jax.Array]:
         xc, dtc, bc, cc = inputs
         log_decay = jnp.cumsum(dtc * decay, axis=1)  # (B, chunk, g, h)
         xdt = xc * dtc[..., None]
@@ -61,7 +73,14 @@ def causal_ssd(x, dt, a, b, c, d):
     return y.reshape(x.shape).astype(x.dtype)
 
 
-def bidirectional_ssd(x, dt, a, b, c, d):
+def bidirectional_ssd(
+    x: Float[Array, "B L inner"],
+    dt: Float[Array, "B L heads"],
+    a: Float[Array, " heads"],
+    b: Float[Array, "B L groups N"],
+    c: Float[Array, "B L groups N"],
+    d: Float[Array, " heads"],
+) -> Float[Array, "B L inner"]:
     """Half of the heads and groups scan forward, the other half backward; see `causal_ssd`."""
     axes = ((x, 2), (dt, 2), (a, 0), (b, 2), (c, 2), (d, 0))
     halves = [jnp.split(t, 2, axis) for t, axis in axes]

@@ -1,8 +1,8 @@
-"""Names and layouts of PyTorch's tensors: how a model's table relates them to its parameters.
+"""Translates names and layouts of tensors between PyTorch's models and those of this project.
 
 Each model file has a table of rows (PyTorch module, module in this project, kind). `{}` stands for
-a number and matches in order. The kind says how the module's tensors are named and laid out on
-both sides. One table serves import and export.
+a number and matches in order. The kind has the names of the module's tensors on both sides, and how
+their axes are rearranged. One table serves import and export.
 """
 
 import functools
@@ -52,7 +52,7 @@ _DEPTHWISE = Layout(  # C1HW -> HWC
 )
 _BIAS = Leaf("bias", "bias", SAME_LAYOUT)
 
-# The kinds of modules that models share; a model file may have more of its own.
+# The kinds of modules that models share; model files define more.
 CONV = (Leaf("weight", "kernel", _axes(2, 3, 1, 0)), _BIAS)  # OIHW -> HWIO
 DECONV = (Leaf("weight", "kernel", _axes(2, 3, 0, 1)), _BIAS)  # IOHW -> HWIO
 DEPTHWISE = (Leaf("weight", "kernel", _DEPTHWISE), _BIAS)
@@ -64,21 +64,22 @@ BATCH_NORM = (
     Leaf("running_var", "var", SAME_LAYOUT),
 )
 
-# A count that PyTorch's BatchNorm keeps; it does not change a model's output.
+# PyTorch's BatchNorm counts its batches; the count does not affect a model's output.
 COUNTER = "num_batches_tracked"
 
 
 def under(torch_prefix: str, prefix: str, table: Table) -> Table:
-    """The rows of `table`, for a model in which it lies under these names."""
+    """The rows of `table` with a prefix before their names: a model as part of another."""
     return tuple(Row(torch_prefix + row.torch, prefix + row.ours, row.kind) for row in table)
 
 
 @functools.cache
-def _patterns(table: Table, side: int) -> list[re.Pattern]:
-    return [re.compile(re.escape(row[side]).replace(r"\{\}", r"(\d+)")) for row in table]
+def _patterns(table: Table, side: int) -> list[re.Pattern[str]]:
+    names = [(row.torch, row.ours)[side] for row in table]
+    return [re.compile(re.escape(name).replace(r"\{\}", r"(\d+)")) for name in names]
 
 
-_TORCH, _OURS = 0, 1  # the place of a side's name in `Row` and `Leaf`
+_TORCH, _OURS = 0, 1  # the two sides
 
 
 def _match(table: Table, name: str, side: int) -> tuple[str, Layout] | None:
@@ -87,7 +88,7 @@ def _match(table: Table, name: str, side: int) -> tuple[str, Layout] | None:
     for row, pattern in zip(table, _patterns(table, side), strict=True):
         if found := pattern.fullmatch(module):
             for leaf in row.kind:
-                if leaf_name == leaf[side]:
+                if leaf_name == (leaf.torch, leaf.ours)[side]:
                     other = (row.ours, row.torch)[side].format(*found.groups())
                     return f"{other}.{(leaf.ours, leaf.torch)[side]}", leaf.layout
     return None
@@ -130,9 +131,9 @@ def to_torch(table: Table, params: Mapping[str, np.ndarray]) -> dict[str, np.nda
 
 
 class TensorShapes:
-    """The shapes of a PyTorch state dict, or of the part of it under a prefix.
+    """The shapes in a PyTorch state dict, or in its part under a prefix, for `Family.recognise`.
 
-    What a model's recogniser reads; names are relative to the prefix.
+    Names are relative to the prefix.
     """
 
     def __init__(self, tensors: Mapping[str, np.ndarray], prefix: str = "") -> None:
@@ -158,7 +159,7 @@ class TensorShapes:
         return len({n[len(prefix) :].split(".")[0] for n in self if n.startswith(prefix)})
 
     def size(self, name: str, axis: int = 0) -> int:
-        """The length of a tensor's axis; a UserError if there is no such tensor or axis."""
+        """The length of a tensor's axis; raises a UserError if there is no such tensor or axis."""
         tensor = self._tensors.get(self._prefix + name)
         if tensor is None or tensor.ndim <= axis or tensor.shape[axis] == 0:
             raise UserError(

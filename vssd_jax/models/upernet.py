@@ -8,8 +8,8 @@ K classes.
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,11 @@ import numpy as np
 from flax import nnx
 
 from vssd_jax.models import torch_names, vssd
-from vssd_jax.models.family import BackboneConfig, Family, Recognised, register
+from vssd_jax.models.family import BackboneConfig, Family, Images, Recognised, register
 from vssd_jax.models.layers import ChannelDropout, Conv, ConvNorm, Precision, normal
 from vssd_jax.models.torch_names import Row, TensorShapes
 from vssd_jax.models.vssd import VSSDConfig
+from vssd_jax.types import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,15 @@ class UperNetConfig:
 # --- Resampling: a small matrix for each axis ---------------------------------------------------
 
 
-def bilinear_matrix(inputs: int, outputs, rows: int | None = None):
+@overload
+def bilinear_matrix(inputs: int, outputs: int, rows: int | None = None) -> np.ndarray: ...
+@overload
+def bilinear_matrix(
+    inputs: int, outputs: int | jax.Array, rows: int | None = None
+) -> np.ndarray | jax.Array: ...
+def bilinear_matrix(
+    inputs: int, outputs: int | jax.Array, rows: int | None = None
+) -> Float[Array | np.ndarray, "rows {inputs}"]:
     """(outputs, inputs) weights of linear interpolation between pixel centres.
 
     The same as PyTorch's `interpolate(mode="bilinear", align_corners=False)`: centres at half
@@ -80,13 +89,13 @@ def bilinear_matrix(inputs: int, outputs, rows: int | None = None):
         float64 NumPy array.
       rows: number of rows to return; those from `outputs` on repeat the last input.
     """
-    xp = np if isinstance(outputs, int) else jnp
-    rows = outputs if rows is None else rows
-    position = xp.clip((xp.arange(rows) + 0.5) * (inputs / outputs) - 0.5, 0, inputs - 1)
+    xp: Any = np if isinstance(outputs, int) else jnp
+    cells = xp.arange(outputs if rows is None else rows)
+    position = xp.clip((cells + 0.5) * (inputs / outputs) - 0.5, 0, inputs - 1)
     return xp.maximum(0, 1 - abs(position[:, None] - xp.arange(inputs)))
 
 
-def pooling_matrix(inputs: int, outputs: int) -> np.ndarray:
+def pooling_matrix(inputs: int, outputs: int) -> Float[np.ndarray, "{outputs} {inputs}"]:
     """(outputs, inputs) float64 weights of PyTorch's adaptive average pooling.
 
     Cell i averages the inputs from floor(i * inputs / outputs) up to, and without,
@@ -99,20 +108,24 @@ def pooling_matrix(inputs: int, outputs: int) -> np.ndarray:
     return matrix
 
 
-def resample(x: jax.Array, rows, columns) -> jax.Array:
+def resample(
+    x: Float[Array, "B H W C"],
+    rows: Float[Array | np.ndarray, "H2 H"],
+    columns: Float[Array | np.ndarray, "W2 W"],
+) -> Float[Array, "B H2 W2 C"]:
     """(B, H, W, C) with (H', H) and (W', W) matrices -> (B, H', W', C), in the dtype of x.
 
     It sums in float32 (float64 for float64): PyTorch does so for half precision too.
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     # Matrix products in float32 would round their inputs to 10 bits on a GPU.
-    options = {"precision": jax.lax.Precision.HIGHEST}
-    y = jnp.einsum("oh,bhwc->bowc", jnp.asarray(rows, dtype), x.astype(dtype), **options)
-    y = jnp.einsum("ow,bhwc->bhoc", jnp.asarray(columns, dtype), y, **options)
+    highest = jax.lax.Precision.HIGHEST
+    y = jnp.einsum("oh,bhwc->bowc", jnp.asarray(rows, dtype), x.astype(dtype), precision=highest)
+    y = jnp.einsum("ow,bhwc->bhoc", jnp.asarray(columns, dtype), y, precision=highest)
     return y.astype(x.dtype)
 
 
-def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+def resize(x: Float[Array, "B H W C"], size: Sequence[int]) -> Float[Array, "B H2 W2 C"]:
     """(B, H, W, C) -> (B, *size, C), bilinear as in `bilinear_matrix`."""
     height, width = x.shape[1:3]
     if (height, width) == tuple(size):
@@ -120,7 +133,9 @@ def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return resample(x, bilinear_matrix(height, size[0]), bilinear_matrix(width, size[1]))
 
 
-def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+def adaptive_average_pool(
+    x: Float[Array, "B H W C"], size: int
+) -> Float[Array, "B {size} {size} C"]:
     """(B, H, W, C) -> (B, size, size, C) means over a grid of cells, for any H and W."""
     height, width = x.shape[1:3]
     return resample(x, pooling_matrix(height, size), pooling_matrix(width, size))
@@ -132,29 +147,41 @@ def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
 class ConvNormReLU(ConvNorm):
     """A bias-free k x k convolution, batch normalisation and ReLU, as the heads use it."""
 
-    def __init__(self, inputs, outputs, size, *, precision, rngs):
+    def __init__(
+        self, inputs: int, outputs: int, size: int, *, precision: Precision, rngs: nnx.Rngs
+    ) -> None:
         super().__init__(inputs, outputs, size, use_bias=False, precision=precision, rngs=rngs)
         # He's initialisation over the outputs, mmsegmentation's own for its convolutions.
         init = normal(math.sqrt(2 / (size * size * outputs)))
         self.conv.kernel[...] = init(rngs.params(), self.conv.kernel.shape, precision.state)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
         return jax.nn.relu(super().__call__(x))
 
 
-def _classifier(channels, num_classes, *, precision, rngs):
+def _classifier(
+    channels: int, num_classes: int, *, precision: Precision, rngs: nnx.Rngs
+) -> Conv:
     conv = Conv(channels, num_classes, 1, precision=precision, rngs=rngs)
     init = normal(0.01)
     conv.kernel[...] = init(rngs.params(), conv.kernel.shape, precision.state)
-    conv.bias[...] = jnp.zeros_like(conv.bias[...])
+    conv.bias = nnx.Param(jnp.zeros((num_classes,), precision.state))
     return conv
 
 
 class DecodeHead(nnx.Module):
     """The decoder: four feature maps -> (B, H/4, W/4, K) logits."""
 
-    def __init__(self, config: UperNetConfig, widths, num_classes, *, precision, rngs):
-        options = {"precision": precision, "rngs": rngs}
+    def __init__(
+        self,
+        config: UperNetConfig,
+        widths: Sequence[int],
+        num_classes: int,
+        *,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options: dict[str, Any] = {"precision": precision, "rngs": rngs}
         channels, levels = config.channels, len(widths)
         self.pool_scales = config.pool_scales
         self.ppm = nnx.List(
@@ -172,7 +199,7 @@ class DecodeHead(nnx.Module):
         self.dropout = ChannelDropout(config.dropout)
         self.classifier = _classifier(channels, num_classes, **options)
 
-    def pyramid_pooling(self, x):
+    def pyramid_pooling(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
         """(B, H, W, C) -> (B, H, W, channels), with the context of the pyramid's cells."""
         context = [
             resize(conv(adaptive_average_pool(x, scale)), x.shape[1:3])
@@ -180,7 +207,9 @@ class DecodeHead(nnx.Module):
         ]
         return self.bottleneck(jnp.concatenate([x, *context], -1))
 
-    def __call__(self, maps, rngs=None):
+    def __call__(
+        self, maps: Sequence[Float[Array, "B _ _ _"]], rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B H4 W4 K"]:
         paths = [conv(x) for conv, x in zip(self.lateral, maps[:-1], strict=True)]
         paths.append(self.pyramid_pooling(maps[-1]))
         for level in reversed(range(len(paths) - 1)):
@@ -195,13 +224,23 @@ class DecodeHead(nnx.Module):
 class AuxiliaryHead(nnx.Module):
     """A fully convolutional head: (B, H/16, W/16, C) -> (B, H/16, W/16, K) logits."""
 
-    def __init__(self, config: UperNetConfig, width, num_classes, *, precision, rngs):
-        options = {"precision": precision, "rngs": rngs}
+    def __init__(
+        self,
+        config: UperNetConfig,
+        width: int,
+        num_classes: int,
+        *,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options: dict[str, Any] = {"precision": precision, "rngs": rngs}
         self.conv = ConvNormReLU(width, config.aux_channels, 3, **options)
         self.dropout = ChannelDropout(config.dropout)
         self.classifier = _classifier(config.aux_channels, num_classes, **options)
 
-    def __call__(self, x, rngs=None):
+    def __call__(
+        self, x: Float[Array, "B H W C"], rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "B H W K"]:
         return self.classifier(self.dropout(self.conv(x), rngs))
 
 
@@ -226,7 +265,7 @@ class UperNet(nnx.Module):
         remat: bool = False,
         implementation: str | None = None,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.config, self.aux_weight = config, config.aux_weight
         self.num_classes = config.num_classes if num_classes is None else num_classes
         self.precision = Precision(jnp.dtype(dtype))
@@ -234,13 +273,13 @@ class UperNet(nnx.Module):
             dtype=dtype, remat=remat, implementation=implementation, rngs=rngs
         )
         widths = self.backbone.widths
-        options = {"precision": self.precision, "rngs": rngs}
+        options: dict[str, Any] = {"precision": self.precision, "rngs": rngs}
         self.decode_head = DecodeHead(config, widths, self.num_classes, **options)
         self.auxiliary_head = AuxiliaryHead(config, widths[-2], self.num_classes, **options)
 
     def __call__(
-        self, images: jax.Array, rngs: nnx.Rngs | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+        self, images: Images, rngs: nnx.Rngs | None = None
+    ) -> tuple[Float[Array, "B H4 W4 K"], Float[Array, "B H16 W16 K"]]:
         """Logits of both heads, before any upsampling.
 
         Args:
@@ -256,7 +295,7 @@ class UperNet(nnx.Module):
         decode = self.decode_head(maps, rngs).astype(dtype)
         return decode, self.auxiliary_head(maps[-2], rngs).astype(dtype)
 
-    def logits(self, images: jax.Array) -> jax.Array:
+    def logits(self, images: Images) -> Float[Array, "B H W K"]:
         """(B, H, W, 3) images -> (B, H, W, K) logits of the decoder at the images' size."""
         decode = self.decode_head(self.backbone.feature_maps(images))
         return resize(decode.astype(self.precision.state), images.shape[1:3])

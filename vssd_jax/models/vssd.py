@@ -1,7 +1,7 @@
 """VSSD: Vision Mamba with Non-Causal State Space Duality (arXiv 2407.18559).
 
-The file reads as the paper does: configuration, stem, mixers, block, stage, network; then what the
-released PyTorch checkpoints are called and how they are recognised.
+The order is the paper's: configuration, stem, mixers, block, stage, network. Then come the names of
+the parameters in the released PyTorch checkpoints, and how those are recognised.
 Arrays are channels-last. Shape letters: B batch, H and W height and width, L = H * W tokens,
 C channels, N state size, P head dimension.
 
@@ -26,7 +26,7 @@ from vssd_jax.kernels.nc_ssd_mixer import MixerParams, nc_ssd_mixer
 from vssd_jax.kernels.norm_linear import norm_linear
 from vssd_jax.kernels.relu import relu
 from vssd_jax.models import torch_names
-from vssd_jax.models.family import Family, Recognised, register
+from vssd_jax.models.family import Family, Images, Recognised, register
 from vssd_jax.models.layers import (
     Conv,
     ConvNorm,
@@ -357,6 +357,9 @@ class MLP(nnx.Module):
         norm: LayerNorm,
         branch_scale: Float[Array, " B"] | None,
     ) -> Float[Array, "B H W C"]:
+        b1, b2 = self.fc1.bias, self.fc2.bias
+        assert b1 is not None
+        assert b2 is not None
         return mlp(
             x,
             branch_scale,
@@ -364,9 +367,9 @@ class MLP(nnx.Module):
                 norm.scale[...],
                 norm.bias[...],
                 self.fc1.kernel[...],
-                self.fc1.bias[...],
+                b1[...],
                 self.fc2.kernel[...],
-                self.fc2.bias[...],
+                b2[...],
             ),
             epsilon=norm.epsilon,
             implementation=self.implementation,
@@ -460,7 +463,7 @@ class VSSD(nnx.Module):
       rngs: with a `params` stream for the initialisation.
     """
 
-    strides = (4, 8, 16, 32)
+    strides: tuple[int, ...] = (4, 8, 16, 32)
 
     def __init__(
         self,
@@ -481,7 +484,7 @@ class VSSD(nnx.Module):
         stem = {"conv": ConvStem, "patch": PatchStem}[config.stem]
         self.stem = stem(config.embed_dim, **options)
         rates = np.linspace(0, config.drop_path, sum(config.depths)).tolist()
-        self.stages = nnx.List()
+        self.stages: nnx.List[Stage] = nnx.List()
         for stage, depth in enumerate(config.depths):
             first = sum(config.depths[:stage])
             stage_rates = rates[first : first + depth]
@@ -493,8 +496,8 @@ class VSSD(nnx.Module):
             self.head = Linear(self.widths[-1], num_classes, precision=precision, rngs=rngs)
 
     def feature_maps(
-        self, images: Float[Array, "B H W C"], rngs: nnx.Rngs | None = None
-    ) -> list[jax.Array]:
+        self, images: Images, rngs: nnx.Rngs | None = None
+    ) -> list[Float[Array, "B _ _ _"]]:
         """The outputs of the four stages, normalised if this is a backbone.
 
         Args:
@@ -517,9 +520,7 @@ class VSSD(nnx.Module):
             maps = [norm(x) for norm, x in zip(self.out_norms, maps, strict=True)]
         return maps
 
-    def __call__(
-        self, images: Float[Array, "B H W C"], rngs: nnx.Rngs | None = None
-    ) -> Float[Array, "B K"]:
+    def __call__(self, images: Images, rngs: nnx.Rngs | None = None) -> Float[Array, "B K"]:
         """(B, H, W, 3) images -> (B, num_classes) logits in float32."""
         x = self.norm(self.feature_maps(images, rngs)[-1])
         x = x.astype(self.precision.state).mean((1, 2))
@@ -571,7 +572,7 @@ TORCH_TABLE = (
 def recognise_backbone(
     shapes: TensorShapes, known: Mapping[str, Any] | None, given: Collection[str]
 ) -> dict[str, Any]:
-    """The fields of a `VSSDConfig` that a backbone's tensors show, see `Recogniser`."""
+    """The fields of a `VSSDConfig` that a backbone's tensors show, see `BackboneRecogniser`."""
     conv_stem = "patch_embed.norm.weight" not in shapes
     stages = [shapes.under(f"layers.{stage}.") for stage in range(4)]
     fields: dict[str, Any] = {
@@ -585,14 +586,14 @@ def recognise_backbone(
     mixers, num_heads = list(known["mixers"]), list(known["num_heads"])
     for i, stage in enumerate(stages):
         mixer = stage.under("blocks.0.attn.")
-        if "to_qkv.weight" in mixer:  # whose heads do not show
+        if "to_qkv.weight" in mixer:  # no shape shows its heads
             mixers[i] = "attention"
             continue
         mixers[i] = "ncssd" if mixers[i] == "attention" else mixers[i]
         num_heads[i] = mixer.size("A_log")
         inner = mixer.size("norm.weight")
         fields["expand"] = inner // mixer.size("in_proj.weight", 1)
-        # Groups times d_state: only the product shows.
+        # Shapes show only the product of groups and d_state.
         states = (mixer.size("conv2d.weight") - inner) // 2
         if states != known["ngroups"] * known["d_state"]:
             field, other = ("d_state", "ngroups") if "ngroups" in given else ("ngroups", "d_state")

@@ -1,6 +1,7 @@
 """The checkpoints of a run: the latest two and the best one are kept.
 
-What is saved are named arrays in parts; see `vssd_jax.weights.checkpoint` for their form on disk.
+A checkpoint has parts, which are named arrays; see `vssd_jax.weights.checkpoint` for the form on
+disk.
 """
 
 import errno
@@ -28,7 +29,7 @@ Parts = Mapping[str, Mapping[str, Any]]
 class Checkpoints:
     """The checkpoints of one workdir, a context that ends when the last save is complete.
 
-    The first thing done is to clean up after a killed run.
+    It begins with removing what a killed run left incomplete.
 
     Args:
       workdir: folder of the run.
@@ -198,12 +199,13 @@ def _replicated(arrays: Mapping[str, Any]) -> jax.sharding.Sharding:
 
 
 def _reason(error: BaseException) -> str:
-    """The system's own word in an error of Orbax, whose messages fill a page."""
+    """The cause in one line: Orbax's own messages fill a page."""
+    last = error
     current: BaseException | None = error
     while current is not None:
         text = str(current)
         for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
             if os.strerror(code) in text:
                 return os.strerror(code)
-        current, error = current.__cause__ or current.__context__, current
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        last, current = current, current.__cause__ or current.__context__
+    return f"{type(last).__name__}: {str(last).splitlines()[0] if str(last) else ''}"

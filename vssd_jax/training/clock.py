@@ -1,4 +1,4 @@
-"""The time that training takes, without what interrupts it."""
+"""The time that training takes, without interruptions."""
 
 import contextlib
 import time
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 
 class Clock:
-    """Seconds of training; whoever interrupts training pauses it."""
+    """Measures seconds of training; evaluation, saving and compilation run inside `paused`."""
 
     def __init__(self) -> None:
         self._since = time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stands still inside the context."""
+        """The time inside the context does not count."""
         start = time.perf_counter()
         try:
             yield

@@ -16,8 +16,8 @@ class Evaluator:
     """Evaluates the weights of a task's model; compiled once for each shape of batch.
 
     Args:
-      task: whose batches and metrics these are.
-      model: the task's.
+      task: gives the batches and the metrics.
+      model: of the task.
       mesh: the devices.
 
     Raises:
@@ -35,12 +35,12 @@ class Evaluator:
 
     def __call__(self, arrays: Arrays) -> dict[str, float]:
         """The metrics of the whole evaluation set."""
-        # The mesh in the context is how kernels learn of the batch's sharding.
+        # Kernels read from the mesh in the context how the batch is sharded.
         with jax.set_mesh(self._mesh):
             return self._task.summarize(self._outputs(arrays))
 
     def _outputs(self, arrays: Arrays) -> Iterator[dict[str, Any]]:
-        """What `eval_step` returns, as NumPy arrays, while the device computes the next batch."""
+        """The results of `eval_step` as NumPy arrays, while the device computes the next batch."""
         ahead = None
         for batch in device_batches(self._task.eval_batches(), self._mesh):
             done, ahead = ahead, self._step(arrays, batch)

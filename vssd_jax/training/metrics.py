@@ -24,14 +24,14 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
 
 
 class MetricWriter:
-    """Writes named scalars by step; of several processes the main one.
+    """Writes named scalars by step; of several processes only the main one writes.
 
     Args:
       workdir: folder of the run.
-      start_step: what an earlier run wrote for later steps is dropped: those steps run again.
+      start_step: lines of an earlier run for later steps are dropped, as those steps run again.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, start_step: int):
+    def __init__(self, workdir: str | pathlib.Path, start_step: int) -> None:
         self._workdir = pathlib.Path(workdir)
         if not is_main():
             return

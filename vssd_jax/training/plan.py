@@ -1,4 +1,4 @@
-"""Which steps of a run log, evaluate, save, profile and end it: pure functions of the config."""
+"""The plan of a run: the steps at which it logs, evaluates, saves, profiles and ends."""
 
 import dataclasses
 import re
@@ -11,14 +11,14 @@ from vssd_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The steps of a run, numbered from 1; a step counts when it is done.
+    """The steps of a run, numbered from 1.
 
     Attributes:
       steps_per_epoch: whole batches of the training set.
       total: the last step.
       batch_size: global.
       log_every, eval_every: in steps; the last step logs and evaluates too.
-      save_every: in steps, between the evaluations, each of which saves; None: no more saves.
+      save_every: in steps; evaluations save too. None: they alone do.
       profiled: the steps of the trace.
     """
 
@@ -60,7 +60,7 @@ def make_plan(config: ml_collections.ConfigDict, train_size: int) -> Plan:
         batch_size=config.batch_size,
         log_every=config.log_every_steps,
         eval_every=config.eval_every_epochs * steps_per_epoch,
-        save_every=config.save_every_steps,
+        save_every=config.save_every_steps or None,
         profiled=_parse_range(config.profile_steps),
     )
 

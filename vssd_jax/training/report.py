@@ -1,4 +1,4 @@
-"""What a run tells of itself before its first step."""
+"""The report at the start of a run: versions, devices, parameters, memory."""
 
 import importlib.metadata
 import json
@@ -17,12 +17,12 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
 def total_bytes(tree: Any) -> int:
-    """Of arrays (or their shapes), whole: for the state, the size of a checkpoint."""
+    """Bytes of all arrays (or their shapes) of a tree: for the state, the size of a checkpoint."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def device_bytes(tree: Any) -> int:
-    """Of the part of sharded arrays (or their shapes) that lies on each device."""
+    """Bytes on each device of a tree of sharded arrays (or their shapes)."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -62,7 +62,10 @@ def _parameter_table(params: Mapping[str, jax.Array]) -> str:
 
 
 def check_memory(needed: int, what: str) -> None:
-    """Raises a UserError if a device has less than `needed` bytes, where it tells."""
+    """Raises a UserError if a device has less than `needed` bytes.
+
+    Some devices, such as CPUs, do not report how much they have: no error.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     limit = stats.get("bytes_limit")
     if limit is not None and needed > limit:
@@ -75,7 +78,7 @@ def check_memory(needed: int, what: str) -> None:
 
 def program_bytes(program: jax.stages.Compiled) -> int:
     """Memory per device while a compiled program runs, its arguments included."""
-    memory = program.memory_analysis()
+    memory: Any = program.memory_analysis()
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

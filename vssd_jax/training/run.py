@@ -62,13 +62,13 @@ class StopSignal:
 
 
 class Run:
-    """What surrounds the steps of training; see `open_run`.
+    """The folder, clock and progress of a run, and its steps; made by `open_run`.
 
     Attributes:
       start: the step of the checkpoint that the run resumes from, 0 without one.
       stopping: whether a signal asked for the end.
       clock: of training; evaluation, saving and compilation pause it.
-      checkpoints: see there.
+      checkpoints: of the run's folder.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Run:
         self._workdir, self._plan, self._best_metric = workdir, plan, best_metric
         self._max_nonfinite = max_nonfinite
         self.checkpoints, self.start = checkpoints, checkpoints.latest_step or 0
-        self.stopping, self.clock = False, Clock()
+        self.stopping, self._tracing, self.clock = False, False, Clock()
         self._step = self._logged_step = self.start
         self._since_log: list[dict[str, jax.Array]] = []
         self._resources = resources
@@ -107,26 +107,29 @@ class Run:
                 disable=not is_main(),
             )
         )
+        self.clock.lap()  # neither restoring nor initialising the state is training
         while self._step < self._plan.total and not self.stopping:
-            # The first batch waits for the pipeline to start: no part of the speed.
+            # The first batch waits for the pipeline to start, which does not count as training.
             with self.clock.paused() if self._step == self.start else contextlib.nullcontext():
                 batch = next(batches)
-            profiled = self._plan.profiled
-            if self._step + 1 in profiled and self._step not in profiled:
+            if self._step + 1 in self._plan.profiled and not self._tracing:
                 jax.profiler.start_trace(self._workdir / "profile", create_perfetto_trace=True)
+                self._tracing = True
             yield self._step + 1, batch
 
     def done(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Counts a step, and looks for a signal."""
+        """Takes note of a step that was done, and checks for a signal."""
         if self._step == self.start:
             self._progress.unpause()  # the time left does not count the compilation
         self._step = step
         self._since_log.append(metrics)
         self._progress.update()
-        if step in self._plan.profiled and step + 1 not in self._plan.profiled:
+        self.stopping = self._stop_signal.before(step + 1)
+        last = step == self._plan.total or self.stopping
+        if self._tracing and (last or step + 1 not in self._plan.profiled):
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
-        self.stopping = self._stop_signal.before(step + 1)
+            self._tracing = False
 
     def log(self, learning_rate: float, nonfinite: int) -> dict[str, float]:
         """Writes the means of the metrics since the last log, learning rate and speed.
@@ -166,6 +169,7 @@ class Run:
     def finish(self, results: Mapping[str, float]) -> None:
         """Waits for the last checkpoint and says how the run ended."""
         self.checkpoints.wait()
+        self._progress.close()  # the message begins a line of its own
         if self._step < self._plan.total:
             say(
                 f"stopped: {self._workdir} is saved at step {self._step} of {self._plan.total}; "
@@ -188,7 +192,7 @@ def open_run(
     best_metric: str,
     checkpoint_bytes: int,
 ) -> Iterator[Run]:
-    """Claims the folder of a run and opens its checkpoints.
+    """Locks the folder of a run and opens its checkpoints.
 
     Args:
       workdir: the folder.

@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,14 @@ _MIN_SHARDED = 2**12  # values; smaller arrays are cheaper to keep everywhere
 
 
 def make_mesh(axes: dict[str, int]) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes those that are left."""
+    """A mesh over all devices.
+
+    Args:
+      axes: name and size of each axis; one size may be -1, for all devices that are left.
+
+    Raises:
+      UserError: sizes whose product is not the number of devices.
+    """
     sizes, devices = dict(axes), jax.device_count()
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     for name, size in sizes.items():
@@ -37,7 +45,7 @@ def check_batch(name: str, size: int, devices: int, parts: int = 1) -> None:
         )
 
 
-def state_shardings(state, mesh: Mesh):
+def state_shardings(state: Any, mesh: Mesh) -> Any:
     """The sharding of each array of a tree: large ones are split over the mesh's axis "fsdp".
 
     An array is split along its longest axis that divides; XLA gathers it where it is used.
@@ -45,11 +53,14 @@ def state_shardings(state, mesh: Mesh):
     Args:
       state: arrays or their shapes.
       mesh: the devices.
+
+    Returns:
+      The tree with a `NamedSharding` in place of each array.
     """
     parts = mesh.shape.get("fsdp", 1)
 
-    def sharding(leaf):
-        spec = [None] * leaf.ndim
+    def sharding(leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+        spec: list[str | None] = [None] * leaf.ndim
         if parts > 1 and leaf.size >= _MIN_SHARDED:
             axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % parts == 0]
             if axes:
@@ -62,7 +73,7 @@ def state_shardings(state, mesh: Mesh):
 def device_batches(batches: Iterator[dict], mesh: Mesh) -> Iterator[dict]:
     """Puts batches on the devices, split along the first axis, a few ahead."""
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    ahead = collections.deque()
+    ahead: collections.deque[dict] = collections.deque()
     for batch in batches:
         ahead.append(
             jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,5 +1,6 @@
 """The training state, and the named arrays that a checkpoint holds of it."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,8 @@ def init_state(
     """The state before the first step; the average starts at the initialisation.
 
     Args:
-      model, optimizer: see there.
+      model: the split model.
+      optimizer: of its parameters.
       key: of the initialisation.
       weights: take the place of fresh parameters and statistics, by dotted name.
     """
@@ -63,16 +65,17 @@ def init_state(
 def to_parts(state: TrainState) -> dict[str, dict[str, Any]]:
     """The parts of a checkpoint: "ema", by dotted name, and "train", the rest by tree path.
 
-    Names and arrays instead of the state itself: Orbax then need not know our classes.
+    A checkpoint of names and arrays can be read without the class of the state.
     """
-    return {"ema": state.ema, "train": _named(state.replace(ema={}))}
+    return {"ema": state.ema, "train": _named(dataclasses.replace(state, ema={}))}
 
 
 def from_parts(parts: Mapping[str, dict[str, Any]], like: TrainState) -> TrainState:
     """The inverse of `to_parts`; `like` has the structure."""
-    rest = like.replace(ema={})
+    rest = dataclasses.replace(like, ema={})
     leaves = [parts["train"][name] for name in _named(rest)]
-    return jax.tree.unflatten(jax.tree.structure(rest), leaves).replace(ema=parts["ema"])
+    state: TrainState = jax.tree.unflatten(jax.tree.structure(rest), leaves)
+    return dataclasses.replace(state, ema=parts["ema"])
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def make_train_step(
     """One optimizer step, to be compiled by the caller.
 
     Args:
-      model, optimizer: see there.
+      model: the split model.
+      optimizer: of its parameters.
       loss: see `vssd_jax.tasks.protocol.Task.loss`.
       ema_decay: of the average, over parameters and statistics alike.
       accumulate: micro-batches whose gradients one step averages.
@@ -103,10 +104,11 @@ def make_train_step(
         ema = optax.incremental_update({**params, **batch_stats}, state.ema, 1 - ema_decay)
         new = (params, batch_stats, opt_state, ema)
         old = (state.params, state.batch_stats, state.opt_state, state.ema)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-        state = TrainState(
-            state.step + 1, *new, nonfinite=jnp.where(finite, 0, state.nonfinite + 1)
+        params, batch_stats, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), new, old
         )
+        nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
+        state = TrainState(state.step + 1, params, batch_stats, opt_state, ema, nonfinite)
         skipped = 1 - finite.astype(jnp.float32)
         return state, {**metrics, "grad_norm": norm, "skipped": skipped}
 
@@ -129,7 +131,7 @@ class Trainer:
       evaluate: the `Evaluator` of the task and model.
 
     Raises:
-      UserError: a batch that does not divide over the devices, or another config that cannot be.
+      UserError: a batch that does not divide over the devices, or another invalid field.
     """
 
     def __init__(self, task: Task, config: ml_collections.ConfigDict, plan: Plan) -> None:
@@ -163,7 +165,7 @@ class Trainer:
             out_shardings=(self._shardings, NamedSharding(self.mesh, PartitionSpec())),
             compiler_options=compiler_options(),
         )
-        # By the shapes of a batch, of which detection has a few.
+        # By the shapes of the batch: detection has a few.
         self._programs: dict[tuple, jax.stages.Compiled] = {}
 
     def fresh_state(self, weights: Mapping[str, np.ndarray] | None = None) -> TrainState:
@@ -183,7 +185,7 @@ class Trainer:
         """
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._programs:
-            # The mesh in the context is how kernels learn of the batch's sharding.
+            # Kernels read from the mesh in the context how the batch is sharded.
             with clock.paused(), jax.set_mesh(self.mesh):
                 program = self._step.lower(state, batch, self._step_key).compile()
             report.announce(program)

@@ -1,4 +1,4 @@
-"""The folder of a run: one process writes to it, and says so clearly when it cannot."""
+"""The folder of a run, which one process at a time may write to."""
 
 import contextlib
 import fcntl
@@ -18,7 +18,7 @@ from vssd_jax.errors import UserError
 def claim(
     workdir: pathlib.Path, config: Mapping[str, Any], *, checkpoint_bytes: int
 ) -> Iterator[None]:
-    """Makes the folder, keeps others out while the context lasts, and notes the config in it.
+    """Makes and locks the folder while the context lasts, and writes the config into it.
 
     Args:
       workdir: the folder.

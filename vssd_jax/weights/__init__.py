@@ -1,1 +1,1 @@
-"""Weights in and out: PyTorch's names (names.py), model state (state.py), folders (folder.py)."""
+"""Reading and writing weights: PyTorch's files, weights folders, the checkpoints of runs."""

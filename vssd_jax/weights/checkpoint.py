@@ -1,13 +1,13 @@
-"""The arrays of one checkpoint, as Orbax writes them: whole or not, by name, packed.
+"""The form of a checkpoint on disk: named arrays, written by Orbax, with checksums.
 
 A checkpoint is a folder `<workdir>/checkpoints/<step>` with two parts of named arrays: "ema", the
 averaged weights that evaluation reads, by dotted name; and "train", the rest of the training state.
-It is complete once it holds the checksums of its files: Orbax reads a flipped byte of an array
-without complaint.
+The checksums of its files are written last: a folder without them is incomplete. They are needed
+because Orbax does not notice a damaged array.
 
-For every array Orbax runs a millisecond of Python, which a training step would have to wait for.
-Arrays that every device has whole are therefore saved as one vector for each dtype, and the
-checkpoint's metadata hold the layout: for each vector the names and shapes of its members.
+Orbax spends a millisecond of Python on each array, and the training step waits for it. Arrays that
+every device has whole are therefore saved as one vector for each dtype, and the checkpoint's
+metadata hold the layout: for each vector the names and shapes of its members.
 """
 
 import hashlib
@@ -72,7 +72,7 @@ def _steps(root: pathlib.Path) -> list[int]:
     return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdigit())
 
 
-# --- Whole or not -------------------------------------------------------------------------------
+# --- Completeness -------------------------------------------------------------------------------
 
 
 def _checksums(folder: pathlib.Path) -> dict[str, str]:
@@ -97,7 +97,7 @@ def write_checksums(folder: pathlib.Path) -> None:
 
 
 def _problem(folder: pathlib.Path) -> str | None:
-    """"incomplete", "damaged" or None."""
+    """"incomplete" or "damaged"; None if the checkpoint is good."""
     path = folder / _CHECKSUMS
     if not folder.name.isdigit() or not path.exists():
         return "incomplete"
@@ -107,7 +107,7 @@ def _problem(folder: pathlib.Path) -> str | None:
         return "damaged"
     found = _checksums(folder)
     if expected.keys() - found.keys():
-        return "incomplete"  # killed while removing it
+        return "incomplete"  # the process was killed while it removed the folder
     return None if found == expected else "damaged"
 
 

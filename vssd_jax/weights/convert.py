@@ -40,8 +40,9 @@ def convert(
         write_torch_file(output, to_torch(weights))
     else:
         write_folder(output, weights)
-    taken = {"ema": "its EMA, ", "model": "its model, "}.get(weights.provenance.get("state_dict"))
+    part = weights.provenance.get("state_dict", "")
+    taken = {"ema": "its EMA, ", "model": "its model, "}.get(part, "")
     return (
         f"{weights.model} with {weights.num_classes} classes from {os.fspath(source)}: "
-        f"{taken or ''}{count} tensors with {size:,} parameters and statistics -> {output}"
+        f"{taken}{count} tensors with {size:,} parameters and statistics -> {output}"
     )

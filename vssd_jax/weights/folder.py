@@ -1,11 +1,11 @@
-"""Weights folders: `model.safetensors` holds the arrays, `config.json` says of which model."""
+"""Weights folders: `model.safetensors` has the arrays, `config.json` the model's name."""
 
 import contextlib
 import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ class Weights:
       model: its name, see `vssd_jax.list_models`.
       num_classes: size of its classifier.
       overrides: fields of its config that differ from the name's.
-      params: arrays by the names used here, in the dtype of their file.
+      params: arrays by this project's names of the parameters, in the dtype of their file.
       provenance: where they come from: `source`, the file's name; `state_dict`, "model" or
-        "ema"; `num_batches_tracked`, PyTorch's counters of BatchNorm batches, which nothing
-        here needs: one number, numbers by name where they differ, or None without counters.
+        "ema"; `num_batches_tracked`, PyTorch's counters of BatchNorm batches, kept only for the
+        way back to PyTorch: one number, numbers by name where they differ, or None if there are no
+        counters.
     """
 
     model: str
@@ -40,8 +41,12 @@ class Weights:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike):
-    """A folder to fill that appears at `path` when it is complete, and not at all on errors."""
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder to fill. It is renamed to `path` at the end, and removed on an error.
+
+    Raises:
+      UserError: `path` exists or cannot be written.
+    """
     path = Path(path)
     if os.path.lexists(path):
         raise UserError(f"{path} exists already; choose another folder or remove it")
@@ -70,7 +75,7 @@ def write_folder(path: str | os.PathLike, weights: Weights) -> None:
 
 
 def read_folder(path: str | os.PathLike) -> Weights:
-    """Reads a weights folder; a UserError if it is none."""
+    """Reads a weights folder; a UserError if it is not one."""
     path = Path(path)
     try:
         config = json.loads((path / CONFIG).read_text())
@@ -94,7 +99,7 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> N
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads a safetensors file; a UserError if it is none."""
+    """Reads a safetensors file; a UserError if it is not one."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

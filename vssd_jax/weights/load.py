@@ -1,4 +1,4 @@
-"""Weights from wherever they lie, as parameters by the names of this project."""
+"""Reads weights in any of the known formats, as parameters by this project's names."""
 
 import dataclasses
 import json
@@ -123,7 +123,7 @@ def _model_shapes(
 
 
 def _check_agreement(weights: Weights, model: str | None, overrides: Mapping[str, Any]) -> None:
-    """A folder knows its model: a UserError if the caller's wishes contradict it."""
+    """Raises a UserError if the caller asks for another model than the folder's."""
     of_family, _ = family.find(weights.model)
     if model not in (None, weights.model):
         raise UserError(f"the weights are those of {weights.model}, not of {model}")
@@ -146,7 +146,7 @@ def _has_backbone(tensors: Mapping[str, np.ndarray]) -> bool:
 
 
 def _classifier_of(model: str, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and overrides of the classifier that `model` has as its backbone."""
+    """Name and overrides of the classifier whose architecture is that of `model`'s backbone."""
     of_family, variant = family.find(model)
     if of_family.backbone is None:
         return model, overrides
@@ -159,7 +159,7 @@ def _classifier_of(model: str, overrides: dict[str, Any]) -> tuple[str, dict[str
 
 
 def _with_torch_names(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """PyTorch's names and layouts for arrays that have either side's."""
+    """The arrays with PyTorch's names and layouts; they have those or this project's."""
     for candidate in family.families():
         if torch_names.covers(candidate.torch_table, arrays):
             return torch_names.to_torch(candidate.torch_table, arrays)
@@ -174,7 +174,7 @@ def _from_torch(
 ) -> Weights:
     model, num_classes, overrides = recognise(tensors, model, overrides)
     table = family.find(model)[0].torch_table
-    # Shapes in PyTorch's layout, from arrays without memory.
+    # The shapes in PyTorch's layout come from rearranging arrays that take no memory.
     zeros = {
         name: np.broadcast_to(np.int8(0), shape)
         for name, shape in _model_shapes(model, num_classes, overrides).items()

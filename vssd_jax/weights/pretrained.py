@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flax import nnx
 
 from vssd_jax.distributed import say
 from vssd_jax.models import family
+from vssd_jax.models.family import Model
 from vssd_jax.weights.load import load
 from vssd_jax.weights.state import check, shapes
 
@@ -18,8 +19,8 @@ def pretrained_weights(
 ) -> dict[str, np.ndarray]:
     """The part of given weights that a model starts from, by dotted name.
 
-    Left fresh, and said so, are a classifier of another number of classes, and of a detector or
-    segmentor that starts from a classifier all but the backbone.
+    A classifier of another number of classes stays fresh. So does, in a detector or segmentor that
+    starts from a classifier, everything but the backbone. Both are printed.
 
     Args:
       source: see `vssd_jax.weights.load.load`.
@@ -33,7 +34,7 @@ def pretrained_weights(
     expected = shapes(model)
     loaded = load(source, model=name, overrides=overrides, backbone=True)
     if loaded.model != name:
-        # A classifier's own norm and head have no place in a backbone.
+        # A backbone has no place for the classifier's last norm and head.
         params = {
             f"backbone.{key}": value
             for key, value in loaded.params.items()
@@ -41,7 +42,7 @@ def pretrained_weights(
         }
         fresh = [key for key in expected if key not in params]
         say(f"{source} is a classifier: all but the backbone starts fresh")
-    elif loaded.num_classes != model.num_classes:
+    elif loaded.num_classes != cast(Model, model).num_classes:
         classifier = family.find(name)[0].classifier
         fresh = [key for key in expected if key.startswith(classifier)]
         params = {key: value for key, value in loaded.params.items() if key not in fresh}

@@ -1,4 +1,4 @@
-"""Which model a PyTorch state dict belongs to."""
+"""Finds the model that a PyTorch state dict belongs to."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -56,8 +56,8 @@ def recognise(
     try:
         family.make_config(model, **(dict(overrides) | different))
     except UserError:
-        # The tensors are damaged. Without these fields they will be compared with the model as it
-        # is known, and named.
+        # The tensors are damaged. Compared with the model without these fields, they will be named
+        # in an error.
         different = {}
     return model, recognised.num_classes, dict(overrides) | different
 
@@ -79,7 +79,10 @@ def _agree(config: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
 def check_equal(
     fields: Mapping[str, Any], asked: Mapping[str, Any], of_family: Family
 ) -> None:
-    """A UserError unless the weights' fields are those asked for, but for training's own."""
+    """Raises a UserError unless the weights' fields are those asked for.
+
+    Fields that affect training alone may differ.
+    """
     for field, value in fields.items():
         if field not in of_family.training_fields and value != asked[field]:
             raise UserError(f"the weights contradict {field}={asked[field]!r}: theirs is {value!r}")

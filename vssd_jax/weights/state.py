@@ -63,7 +63,7 @@ def set_state(
     Args:
       model: changed in place, and not at all if there is an error.
       values: arrays by dotted path.
-      fresh: names whose missing or misshapen value leaves the model's own in place.
+      fresh: names of parameters that keep the model's value where `values` has none that fits.
 
     Raises:
       UserError: naming the missing, unexpected and misshapen tensors.

@@ -5,8 +5,8 @@ describes the saved object, `<root>/data/<key>` holds the bytes of one storage. 
 program, so this module does not hand it to `pickle`. It walks the opcodes (`pickletools`) and
 builds plain Python data; the only calls it knows rebuild a tensor from a storage, an
 `OrderedDict` or a `torch.Size`. Every other global, and whatever a file does with it, becomes an
-`Inert` value that remembers its name alone: configs, optimizers and NumPy objects load without
-their packages, and nothing in a file can run. No other way of loading exists.
+`Inert` value that keeps only its name: configs, optimizers and NumPy objects load without their
+packages, and nothing in a file can run. No other way of loading exists.
 
 Storages are read and checked against their CRC only when a tensor's array is asked for.
 """
@@ -19,9 +19,9 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -72,8 +72,8 @@ _STORAGES = {
     "BoolStorage": "bool",
 }
 
-# A checkpoint that names one of these was made to do harm. Reading it would be harmless all the
-# same (safety does not rest on this list); saying so is more useful than a list of tensors.
+# A checkpoint that names one of these was made to do harm. Reading it would be harmless even so
+# (safety does not rest on this list), but the user should know.
 # fmt: off
 _HARMFUL_MODULES = frozenset({
     "os", "posix", "nt", "subprocess", "sys", "shutil", "socket", "ctypes", "_ctypes", "importlib",
@@ -91,7 +91,7 @@ _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 
 class _Refused(ValueError):
-    """Why a file is not read; its message is meant for the user."""
+    """A file that is not read, and why; the message is for the user."""
 
 
 def _show(text: str, limit: int = 80) -> str:
@@ -102,7 +102,7 @@ def _show(text: str, limit: int = 80) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Inert:
-    """What stands for anything that is not plain data or a tensor. It does nothing."""
+    """Stands for anything in a file that is not plain data or a tensor. It does nothing."""
 
     name: str
 
@@ -110,7 +110,7 @@ class Inert:
 class _Archive:
     """The records of one zip file, checked so that nothing larger than the file is ever read."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str) -> None:
         self.path = path
         if not os.path.exists(path):
             raise _Refused("no such file")
@@ -162,7 +162,7 @@ class _Archive:
         try:
             with open(self.path, "rb") as file:
                 file.seek(entry.header_offset)
-                # The local header repeats the central one; only its own length counts here.
+                # The local header repeats the central one; only its length is of use.
                 magic, name_size, extra_size = struct.unpack("<4s22xHH", file.read(30))
                 local_name = file.read(name_size)
                 file.seek(extra_size, os.SEEK_CUR)
@@ -193,13 +193,13 @@ def _describe_other_format(head: bytes) -> str:
 class _Storage:
     archive: _Archive
     key: str
-    dtype: np.dtype | None  # None: untyped bytes, the tensor names the dtype
+    dtype: np.dtype | None  # None: untyped bytes; the tensor has the dtype
     nbytes: int
 
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A tensor that lies in the file. `array()` reads it.
+    """A tensor in the file. `array()` reads it.
 
     `offset` and `strides` count elements, as in PyTorch.
     """
@@ -246,7 +246,7 @@ def _view(tensor: Tensor, buffer: bytes) -> np.ndarray:
     if 0 in tensor.shape:
         return np.zeros(tensor.shape, tensor.dtype)
     itemsize = tensor.dtype.itemsize
-    # The stride of an axis of length 1 means nothing and may be anything.
+    # The stride of an axis of length 1 is never used and may be anything.
     strides = [
         stride * itemsize if n > 1 else 0
         for n, stride in zip(tensor.shape, tensor.strides, strict=True)
@@ -268,7 +268,9 @@ def _is_counts(values: Any) -> bool:
     return all(type(n) is int and 0 <= n < 2**62 for n in values)
 
 
-def _rebuild_tensor(storage, offset, shape, strides, dtype=None) -> Tensor:
+def _rebuild_tensor(
+    storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any = None
+) -> Tensor:
     """A tensor whose every element is known to lie inside its storage."""
     if not isinstance(storage, _Storage):
         raise _Refused("corrupt: a tensor without a storage")
@@ -288,33 +290,33 @@ def _rebuild_tensor(storage, offset, shape, strides, dtype=None) -> Tensor:
     return Tensor(storage, dtype, shape, offset, strides)
 
 
-# The calls that are known. Each takes the list of arguments of the pickled call.
+# The known calls. Each takes the arguments of the pickled call.
 
 
-def _call_tensor_v2(args):
+def _call_tensor_v2(args: Sequence[Any]) -> Tensor | Inert:
     if len(args) == 7 and args[6]:  # metadata: a conjugate or negative view
         return Inert("torch.Tensor")
     storage, offset, shape, strides, _requires_grad, _hooks = args[:6]
     return _rebuild_tensor(storage, offset, shape, strides)
 
 
-def _call_tensor_v3(args):
+def _call_tensor_v3(args: Sequence[Any]) -> Tensor | Inert:
     if len(args) == 8 and args[7]:
         return Inert("torch.Tensor")
     storage, offset, shape, strides, _requires_grad, _hooks, dtype = args[:7]
     return _rebuild_tensor(storage, offset, shape, strides, dtype)
 
 
-def _call_tensor_v1(args):
+def _call_tensor_v1(args: Sequence[Any]) -> Tensor:
     storage, offset, shape, strides = args
     return _rebuild_tensor(storage, offset, shape, strides)
 
 
-def _call_parameter(args):
+def _call_parameter(args: Sequence[Any]) -> Any:
     return args[0]
 
 
-def _call_from_type(args):
+def _call_from_type(args: Sequence[Any]) -> Any:
     # A tensor subclass: its data without the class and its attributes.
     function, _type, inner_args, _state = args
     if isinstance(function, _Function) and function.call is _call_from_type:
@@ -322,13 +324,13 @@ def _call_from_type(args):
     return _call(function, inner_args)
 
 
-def _call_dict(args):
+def _call_dict(args: Sequence[Any]) -> dict[Any, Any]:
     if args:  # Python 3 sets the items afterwards
         raise _Refused("corrupt: an OrderedDict with arguments")
     return {}
 
 
-def _call_size(args):
+def _call_size(args: Sequence[Any]) -> tuple[int, ...]:
     (shape,) = args
     if not _is_counts(shape):
         raise _Refused("corrupt: an impossible torch.Size")
@@ -338,7 +340,7 @@ def _call_size(args):
 @dataclass(frozen=True)
 class _Function:
     name: str
-    call: Any
+    call: Callable[[Sequence[Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -427,7 +429,7 @@ def _append(target: Any, items: list) -> None:
         raise _Refused("corrupt: items appended to something that is no list")
 
 
-def _interpret(pickled: bytes, find_storage) -> Any:
+def _interpret(pickled: bytes, find_storage: Callable[[Any], _Storage]) -> Any:
     """The data that a pickle describes: dict, list, tuple, atoms, `Tensor` and `Inert`.
 
     A machine of its own, in which no opcode reaches a Python object that can act: a reduced,
@@ -442,6 +444,7 @@ def _interpret(pickled: bytes, find_storage) -> Any:
         items, stack = stack, marks.pop()
         return items
 
+    arg: Any  # its type is that of the opcode
     for count, (opcode, arg, _) in enumerate(pickletools.genops(io.BytesIO(pickled))):
         if count >= _MAX_OPCODES:
             raise _Refused("its pickle has too many steps for a checkpoint")
@@ -543,7 +546,7 @@ def _interpret(pickled: bytes, find_storage) -> Any:
     raise _Refused("truncated: its pickle has no end")
 
 
-def _storage_finder(archive: _Archive):
+def _storage_finder(archive: _Archive) -> Callable[[Any], _Storage]:
     def find_storage(pid: Any) -> _Storage:
         if type(pid) is not tuple or len(pid) != 5 or type(pid[0]) is not str:
             raise _Refused("corrupt: a storage that is described in an unknown way")
@@ -592,13 +595,13 @@ def read_torch_file(path: str | os.PathLike) -> Any:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # whatever a made-up pickle trips over: it is no checkpoint
+    except Exception as error:  # any failure means that this pickle is no checkpoint's
         raise UserError(
             f"{path}: corrupt: its pickle cannot be interpreted ({type(error).__name__})"
         ) from error
 
 
-# Where the state dict lies: the authors' classification trainer writes `model` and `model_ema`,
+# The keys of the state dict: the authors' classification trainer writes `model` and `model_ema`,
 # mmengine writes `state_dict`, timm `state_dict` and `state_dict_ema`. (mmengine's
 # `ema_state_dict` is no EMA: it swaps the two on saving.)
 _PLACES = {"model": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
@@ -731,8 +734,8 @@ def write_torch_file(path: str | os.PathLike, state_dict: Mapping[str, np.ndarra
                     for i, array in enumerate(arrays.values()):
                         if sys.byteorder == "big":
                             array = array.byteswap()
-                        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-                        _write_record(archive, file, f"data/{i}", memoryview(data))
+                        values = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+                        _write_record(archive, file, f"data/{i}", values.data)
                     _write_record(archive, file, "version", b"3\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -745,7 +748,9 @@ def write_torch_file(path: str | os.PathLike, state_dict: Mapping[str, np.ndarra
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def _write_record(archive: zipfile.ZipFile, file, name: str, data: bytes | memoryview) -> None:
+def _write_record(
+    archive: zipfile.ZipFile, file: BinaryIO, name: str, data: bytes | memoryview
+) -> None:
     # No date, so that the same weights give the same file. An extra field pads each record to a
     # multiple of 64 bytes, as PyTorch does, so that it can be mapped into memory.
     entry = zipfile.ZipInfo(f"archive/{name}")

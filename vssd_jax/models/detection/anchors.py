@@ -3,10 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 
+from vssd_jax.types import Array, Bool, Float, Int
+
 
 def grid_anchors(
     shape: tuple[int, int], stride: int, *, scale: float, ratios: tuple[float, ...]
-) -> np.ndarray:
+) -> Float[np.ndarray, "A 4"]:
     """Anchors centred on the cells' top left corners.
 
     Args:
@@ -18,18 +20,23 @@ def grid_anchors(
     Returns:
       (H * W * ratios, 4) float32, row by row.
     """
-    ratios = np.sqrt(np.asarray(ratios, np.float32))
+    root = np.sqrt(np.asarray(ratios, np.float32))
     half = np.float32(stride * scale / 2)
-    base = np.stack([-half / ratios, -half * ratios, half / ratios, half * ratios], axis=-1)
+    base = np.stack([-half / root, -half * root, half / root, half * root], axis=-1)
     y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32) * stride
     corners = np.stack([x, y, x, y], axis=-1)
     return (corners[:, :, None] + base).reshape(-1, 4).astype(np.float32)
 
 
-def anchors_on_image(shape: tuple[int, int], stride: int, anchors_per_cell: int, image_shape):
-    """Which anchors belong to the image and not to the padding of the batch.
+def anchors_on_image(
+    shape: tuple[int, int],
+    stride: int,
+    anchors_per_cell: int,
+    image_shape: Int[Array | np.ndarray, "2"],
+) -> Bool[Array, " A"]:
+    """Marks the anchors on the image, as opposed to those on the padding of the batch.
 
-    An image counts as if it were padded to multiples of 32 pixels only, as it would be alone.
+    The image counts with the padding that it would have alone: to multiples of 32 pixels.
 
     Args:
       shape, stride: as in `grid_anchors`.

@@ -1,27 +1,29 @@
-"""Which object, if any, each anchor or proposal stands for."""
+"""The assignment of anchors and proposals to objects."""
 
 import jax.numpy as jnp
 
 from vssd_jax.models.detection.boxes import iou
+from vssd_jax.types import Array, Bool, Float, Int
 
 NEGATIVE, IGNORED = -1, -2
 
 
 def assign(
-    boxes,
-    usable,
-    objects,
-    valid,
+    boxes: Float[Array, "N 4"],
+    usable: Bool[Array, " N"],
+    objects: Float[Array, "M 4"],
+    valid: Bool[Array, " M"],
     *,
     positive_iou: float,
     negative_iou: float,
     min_positive_iou: float,
-):
+) -> Int[Array, " N"]:
     """Assigns boxes to objects by their overlap (mmdet's MaxIoUAssigner).
 
-    A box takes the object it overlaps most, if by `positive_iou`; it is negative if it overlaps
-    all by less than `negative_iou`. Then each object, the last one wins, takes the boxes that
-    overlap it most of all, if by `min_positive_iou`.
+    A box gets the object it overlaps most, if their overlap is at least `positive_iou`; it is
+    negative if it overlaps all objects by less than `negative_iou`. Then each object gets the boxes
+    that overlap it more than all others do, if by at least `min_positive_iou`; of several objects
+    that would get the same box, the last one does.
 
     Args:
       boxes: (N, 4) anchors or proposals.

@@ -1,13 +1,21 @@
-"""Masks: the targets of the mask head, and its predictions in the whole image."""
+"""Masks: the targets of the mask head, and its predictions pasted into the whole image."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vssd_jax.models.detection.roi_align import bin_weights
+from vssd_jax.types import Array, Bool, Float, Int, UInt8
 
 
-def mask_targets(masks, boxes, objects, size: int = 28):
+def mask_targets(
+    masks: UInt8[Array, "M H bytes"],
+    boxes: Float[Array, "R 4"],
+    objects: Int[Array, " R"],
+    size: int = 28,
+) -> Bool[Array, "R {size} {size}"]:
     """Masks of objects, cut to boxes and resized.
 
     Args:
@@ -19,13 +27,12 @@ def mask_targets(masks, boxes, objects, size: int = 28):
     Returns:
       (R, size, size) bool: RoIAlign of the mask of at least a half.
     """
-    masks, boxes = jnp.asarray(masks), jnp.asarray(boxes)
     height, width = masks.shape[1], 8 * masks.shape[2]
     boxes = jnp.clip(boxes, 0, jnp.array([width, height, width, height], boxes.dtype))
     wy = bin_weights(boxes[:, 1] - 0.5, boxes[:, 3] - 0.5, size, height)
     wx = bin_weights(boxes[:, 0] - 0.5, boxes[:, 2] - 0.5, size, width)
 
-    def target(args):
+    def target(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         y, x, index = args
         mask = jnp.unpackbits(masks[index], axis=-1).astype(y.dtype)
         rows = jnp.matmul(y, mask, precision="highest")
@@ -35,8 +42,11 @@ def mask_targets(masks, boxes, objects, size: int = 28):
 
 
 def paste_masks(
-    probabilities: np.ndarray, boxes: np.ndarray, image_shape, threshold: float = 0.5
-) -> np.ndarray:
+    probabilities: Float[np.ndarray, "N rows columns"],
+    boxes: Float[np.ndarray, "N 4"],
+    image_shape: Sequence[int],
+    threshold: float = 0.5,
+) -> Bool[np.ndarray, "N H W"]:
     """Masks in the whole image.
 
     Args:
@@ -61,7 +71,9 @@ def paste_masks(
     return result
 
 
-def _interpolation(first, last, start, end, cells):
+def _interpolation(
+    first: np.integer, last: np.integer, start: np.floating, end: np.floating, cells: int
+) -> Float[np.ndarray, "pixels {cells}"]:
     """Weights (last - first, cells) of a mask's cells for pixels of a box from start to end."""
     pixels = np.arange(first, last, dtype=np.float32) + np.float32(0.5)
     size = end - start

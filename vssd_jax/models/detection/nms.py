@@ -4,24 +4,30 @@ import jax
 import jax.numpy as jnp
 
 from vssd_jax.models.detection.boxes import areas, intersections
+from vssd_jax.types import Array, Bool, Float
 
 
-def nms(boxes, scores, usable, threshold: float):
+def nms(
+    boxes: Float[Array, "N 4"],
+    scores: Float[Array, " N"],
+    usable: Bool[Array, " N"],
+    threshold: float,
+) -> Bool[Array, " N"]:
     """Greedy non-maximum suppression, exactly, without a loop over the boxes.
 
     In the order of the scores (equal ones: of the indices), a box is kept if no kept box before
-    it overlaps it by more than `threshold`. All boxes are judged at once, again and again until
-    nothing changes: after k rounds every box with less than k boxes in the longest chain of
-    overlaps that leads to it has its final answer.
+    it overlaps it by more than `threshold`. Each round decides on all boxes at once from the
+    decisions of the round before, until nothing changes: after k rounds the decision is final for
+    every box with less than k boxes in the longest chain of overlaps that leads to it.
 
     Args:
       boxes: (N, 4).
       scores: (N,).
-      usable: (N,) bool; other boxes are neither kept nor do they suppress any.
+      usable: (N,) bool; other boxes are not kept and suppress no others.
       threshold: intersection over union.
 
     Returns:
-      (N,) bool, which boxes are kept.
+      (N,) bool, True for the boxes that are kept.
     """
     area = areas(boxes)
     shared = intersections(boxes, boxes)
@@ -33,12 +39,12 @@ def nms(boxes, scores, usable, threshold: float):
     )
     suppresses = overlap & before & usable[:, None]
 
-    def judge(kept):
+    def decide(kept: Bool[Array, " N"]) -> Bool[Array, " N"]:
         return usable & ~(suppresses & kept[:, None]).any(0)
 
-    def changed(state):
+    def changed(state: tuple[jax.Array, jax.Array]) -> jax.Array:
         return (state[0] != state[1]).any()
 
-    # The carried pair: the last two judgements.
-    start = (usable, judge(usable))
-    return jax.lax.while_loop(changed, lambda state: (state[1], judge(state[1])), start)[1]
+    # The loop carries the decisions of the last two rounds.
+    start = (usable, decide(usable))
+    return jax.lax.while_loop(changed, lambda state: (state[1], decide(state[1])), start)[1]

@@ -5,15 +5,27 @@ product of one row of weights for the height and one for the width, and the feat
 are `Wy @ map @ Wx^T`: two matrix products, any number of samples, fixed shapes.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Regions whose intermediate result (bins, W, C) is in memory at a time, in bytes.
+from vssd_jax.types import Array, Float, Int
+
+# Bytes of intermediate results (bins, W, C) in memory at a time; more regions than fit take turns.
 _CHUNK_BYTES = 1 << 27
 
 
-def bin_weights(start, end, bins: int, length, *, origin=0, total: int | None = None):
+def bin_weights(
+    start: Float[Array, " R"],
+    end: Float[Array, " R"],
+    bins: int,
+    length: int | Int[Array, " R"],
+    *,
+    origin: int | Int[Array, " R"] = 0,
+    total: int | None = None,
+) -> Float[Array, "R {bins} cells"]:
     """Weights of the cells of one axis in the mean of each bin.
 
     Args:
@@ -36,17 +48,20 @@ def bin_weights(start, end, bins: int, length, *, origin=0, total: int | None = 
     samples = jnp.where((samples - 1) * bins >= end - start, samples - 1, samples)
     samples = jnp.maximum(samples, 0)
     first = start[:, None] + jnp.arange(bins, dtype=start.dtype) * size[:, None]
-    cells = jnp.arange(length if total is None else total, dtype=start.dtype)
-    length, origin = (
+    if total is None:
+        assert isinstance(length, int)
+        total = length
+    cells = jnp.arange(total, dtype=start.dtype)
+    lengths, origins = (
         jnp.broadcast_to(jnp.asarray(x, start.dtype), start.shape)[:, None]
         for x in (length, origin)
     )
 
-    def add(i, weights):
+    def add(i: jax.Array, weights: jax.Array) -> jax.Array:
         offset = (i + 0.5) * size / jnp.maximum(samples, 1)
         position = first + offset[:, None]
-        counts = (position >= -1) & (position <= length) & (i < samples)[:, None]
-        position = origin + jnp.clip(position, 0, length - 1)
+        counts = (position >= -1) & (position <= lengths) & (i < samples)[:, None]
+        position = origins + jnp.clip(position, 0, lengths - 1)
         # Bilinear: the two neighbours of the position, by their nearness.
         near = jnp.maximum(1 - jnp.abs(position[..., None] - cells), 0)
         return weights + jnp.where(counts[..., None], near, 0)
@@ -57,7 +72,12 @@ def bin_weights(start, end, bins: int, length, *, origin=0, total: int | None = 
     return weights / jnp.maximum(samples, 1)[:, None, None]
 
 
-def roi_align(features, boxes, bins: int, scale: float = 1.0):
+def roi_align(
+    features: Float[Array, "B H W C"],
+    boxes: Float[Array, "B R 4"],
+    bins: int,
+    scale: float = 1.0,
+) -> Float[Array, "B R {bins} {bins} C"]:
     """Features of regions of one or more images.
 
     Args:
@@ -75,8 +95,12 @@ def roi_align(features, boxes, bins: int, scale: float = 1.0):
     return _weigh(features, wy, wx)
 
 
-def _weigh(features, wy, wx):
-    """The regions with weights wy (B * R, bins, H) and wx (B * R, bins, W)."""
+def _weigh(
+    features: Float[Array, "B H W C"],
+    wy: Float[Array, "N bins H"],
+    wx: Float[Array, "N bins W"],
+) -> Float[Array, "B R bins bins C"]:
+    """Features of regions, from their weights wy (B * R, bins, H) and wx (B * R, bins, W)."""
     batch, _, width, channels = features.shape
     bins = wy.shape[1]
     # The regions are on the first axis, which a scan takes one chunk at a time; the images are
@@ -86,19 +110,21 @@ def _weigh(features, wy, wx):
         for w in (wy, wx)
     )
 
-    def align(weights):
+    def align(weights: tuple[jax.Array, jax.Array]) -> jax.Array:
         y, x = weights
         rows = jnp.einsum("bph,bhwc->bpwc", y, features, precision="highest")
         return jnp.einsum("bqw,bpwc->bpqc", x, rows, precision="highest")
 
     one = batch * bins * width * channels * np.dtype(features.dtype).itemsize
     chunk = max(1, min(len(wy), _CHUNK_BYTES // one))
-    with jax.named_scope("interpolation"):  # which `models.count` leaves out
+    with jax.named_scope("interpolation"):  # `models.count` does not count such products
         return jnp.moveaxis(jax.lax.map(align, (wy, wx), batch_size=chunk), 0, 1)
 
 
-def region_levels(boxes, levels: int, finest: float = 56.0):
-    """The level of the pyramid that serves a box (FPN, equation 1): (..., 4) -> (...) int32.
+def region_levels(
+    boxes: Float[Array, "*shape 4"], levels: int, finest: float = 56.0
+) -> Int[Array, "*shape"]:
+    """The level of the pyramid for each box (FPN, equation 1): (..., 4) -> (...) int32.
 
     Boxes of a side of `finest` to twice that, and smaller ones, go to level 0.
     """
@@ -108,11 +134,16 @@ def region_levels(boxes, levels: int, finest: float = 56.0):
     return jnp.clip(level, 0, levels - 1).astype(jnp.int32)
 
 
-def pyramid_roi_align(maps, strides, boxes, bins: int):
+def pyramid_roi_align(
+    maps: Sequence[Float[Array, "B _ _ C"]],
+    strides: Sequence[int],
+    boxes: Float[Array, "B R 4"],
+    bins: int,
+) -> Float[Array, "B R {bins} {bins} C"]:
     """RoIAlign of each region on the level that fits its size.
 
-    The maps are laid out on one, the finest above, the others side by side below it: so it takes
-    one pair of products for all.
+    The maps are laid out on one canvas, the finest above and the others side by side below it, so
+    that one pair of matrix products serves all of them.
 
     Args:
       maps: (B, H/s, W/s, C) for each stride s, from fine to coarse.
@@ -146,5 +177,7 @@ def pyramid_roi_align(maps, strides, boxes, bins: int):
     return _weigh(canvas, wy, wx)
 
 
-def _pad(x, height, width):
+def _pad(
+    x: Float[Array, "B _ _ C"], height: int, width: int
+) -> Float[Array, "B {height} {width} C"]:
     return jnp.pad(x, [(0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)])
