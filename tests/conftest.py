@@ -7,6 +7,7 @@ import sys
 import tempfile
 
 import pytest
+from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -35,6 +36,9 @@ def pytest_configure(config):
             pytest.exit("`pytest -m gpu` needs a GPU that JAX finds", returncode=2)
     else:
         os.environ["JAX_PLATFORMS"] = "cpu"
+        # Shapes in annotations are checked whenever a function of these packages is called; not on
+        # a GPU, where Triton compiles functions from their source.
+        install_import_hook(["vssd_jax.kernels", "vssd_jax.models"], "beartype.beartype")
 
 
 @pytest.fixture

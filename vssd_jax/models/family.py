@@ -119,10 +119,6 @@ class Segmentor(Model, Protocol):
         """
         ...
 
-    def logits(self, images: Images) -> Float[Array, "B H W K"]:
-        """(B, H, W, 3) images -> (B, H, W, num_classes) logits, float32, at the images' size."""
-        ...
-
 
 @runtime_checkable
 class Backbone(Protocol):

@@ -15,6 +15,7 @@ from vssd_jax.data.classification_transforms import EvalTransform, TrainTransfor
 from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.source import LabelledSource, Source
 from vssd_jax.errors import UserError
+from vssd_jax.models.family import Classifier
 from vssd_jax.tasks.base import BaseTask
 from vssd_jax.tasks.mixup import mixup_cutmix
 from vssd_jax.tasks.protocol import Batch
@@ -79,7 +80,7 @@ class Classification(BaseTask[LabelledSource]):
 
     def loss(
         self,
-        model: Any,
+        model: Classifier,
         batch: Batch,
         *,
         step: jax.Array,
@@ -109,7 +110,7 @@ class Classification(BaseTask[LabelledSource]):
                 f"config.max_unreadable={self.config.max_unreadable:.1%}; check the files"
             )
 
-    def eval_step(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
+    def eval_step(self, model: Classifier, batch: Batch) -> dict[str, jax.Array]:
         """Sums over the images of a batch, without padding and unreadable ones."""
         logits = model(self.normalize(batch["image"]))
         replaced = batch["replaced"].astype(bool)  # its neighbour counts in its own place

@@ -17,7 +17,7 @@ from vssd_jax.data.coco_masks import rasterise
 from vssd_jax.data.decode import decode
 from vssd_jax.data.source import DetectionSource
 from vssd_jax.models.detection.masks import paste_masks
-from vssd_jax.models.mask_rcnn import Detections
+from vssd_jax.models.family import Detections
 
 KINDS = {"box": "bbox", "mask": "segm"}  # our names and pycocotools'
 # COCO's twelve numbers, in its order; the sizes are of objects in pixels of area.
@@ -33,7 +33,7 @@ def to_results(
     """Detections of a batch in COCO's result format, in pixels of the original images.
 
     Args:
-      detections: of `MaskRCNN.predict`, as NumPy arrays.
+      detections: of `Detector.predict`, as NumPy arrays.
       batch: `index`, `image_shape` and `original_shape` as of the `eval_transform` of detection;
         images whose `valid` (if there) is False are left out.
       source: where the images come from.

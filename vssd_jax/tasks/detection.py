@@ -17,7 +17,7 @@ from vssd_jax.data.grouping import GroupedByOrientation
 from vssd_jax.data.source import DetectionSource
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
-from vssd_jax.models.mask_rcnn import Detections, MaskRCNN
+from vssd_jax.models.family import Detections, Detector
 from vssd_jax.tasks import coco_metrics
 from vssd_jax.tasks.base import BaseTask
 from vssd_jax.tasks.protocol import Batch
@@ -94,7 +94,7 @@ class Detection(BaseTask[DetectionSource]):
 
     def loss(
         self,
-        model: MaskRCNN,
+        model: Detector,
         batch: Batch,
         *,
         step: jax.Array,
@@ -105,7 +105,7 @@ class Detection(BaseTask[DetectionSource]):
         losses = model.losses(batch, rngs)
         return cast(jax.Array, sum(losses.values())), losses
 
-    def eval_step(self, model: MaskRCNN, batch: Batch) -> dict[str, Any]:
+    def eval_step(self, model: Detector, batch: Batch) -> dict[str, Any]:
         """The detections, and the rest of the batch, which says of what images they are."""
         found = model.predict(batch["image"], batch["image_shape"])
         return {

@@ -21,7 +21,7 @@ from vssd_jax.data.segmentation_transforms import (
 )
 from vssd_jax.data.source import SegmentationSource
 from vssd_jax.errors import UserError
-from vssd_jax.models.upernet import UperNet
+from vssd_jax.models.family import Segmentor
 from vssd_jax.tasks import segmentation_metrics as metrics
 from vssd_jax.tasks.base import BaseTask
 from vssd_jax.tasks.protocol import Batch
@@ -94,7 +94,7 @@ class Segmentation(BaseTask[SegmentationSource]):
 
     def loss(
         self,
-        model: UperNet,
+        model: Segmentor,
         batch: Batch,
         *,
         step: jax.Array,
@@ -107,7 +107,7 @@ class Segmentation(BaseTask[SegmentationSource]):
             outputs, batch["label"], aux_weight=model.aux_weight
         )
 
-    def eval_step(self, model: UperNet, batch: Batch) -> dict[str, jax.Array]:
+    def eval_step(self, model: Segmentor, batch: Batch) -> dict[str, jax.Array]:
         """Confusion matrices, and for `save_predictions` the predicted labels."""
         size, shape = batch["size"], batch["label"].shape[1:]
         label = jnp.where(batch["valid"][:, None, None], batch["label"], IGNORE)

@@ -14,7 +14,8 @@ import optax
 
 from vssd_jax.data.segmentation_transforms import IGNORE
 from vssd_jax.errors import UserError
-from vssd_jax.models.upernet import UperNet, bilinear_matrix, resize
+from vssd_jax.models.family import Segmentor
+from vssd_jax.models.upernet import bilinear_matrix, resize
 
 # (B, h', w', K) logits, and the (h, w) of the images that they come from.
 View = tuple[jax.Array, tuple[int, int]]
@@ -121,12 +122,12 @@ def predict_labels(views: Sequence[View], sizes: jax.Array, shape: tuple[int, in
 
 
 def model_views(
-    model: UperNet, images: Mapping[str, jax.Array], *, flip: bool = False
+    model: Segmentor, images: Mapping[str, jax.Array], *, flip: bool = False
 ) -> list[View]:
     """The decoder's logits for each scale of the images, and with `flip` for their mirrors too.
 
     Args:
-      model: a `UperNet` in evaluation mode.
+      model: in evaluation mode.
       images: name -> (B, h, w, 3) normalised.
       flip: add the mirrored images; their logits are mirrored back.
 
