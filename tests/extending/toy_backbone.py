@@ -108,8 +108,8 @@ def small_upernet():
     )
 
 
-register(mask_rcnn.family_on(FAMILY, {"small": small_mask_rcnn}))
-register(upernet.family_on(FAMILY, {"small": small_upernet}))
+register(mask_rcnn.HEAD.on(FAMILY, {"small": small_mask_rcnn}))
+register(upernet.HEAD.on(FAMILY, {"small": small_upernet}))
 
 
 def get_config(arg="classification"):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from vssd_jax.config import segmentation_config
 from vssd_jax.models import torch_names, vssd
-from vssd_jax.models.family import Family, Recognised, register
+from vssd_jax.models.family import Head, Recognised, register
 from vssd_jax.models.layers import Linear, Precision
 from vssd_jax.models.torch_names import Row
 
@@ -44,29 +44,20 @@ class LinearHead(nnx.Module):
         return (logits.astype(self.precision.state),)
 
 
-def recognise(shapes, known, given):
+def recognise(shapes):
     if "classifier.weight" not in shapes:
         return None
-    fields = vssd.recognise_backbone(shapes.under("backbone."), known, given)
-    return Recognised(shapes.size("classifier.weight"), fields)
+    return Recognised(shapes.size("classifier.weight"), {})
 
 
-register(
-    Family(
-        prefix="linear_vssd_",
-        variants={"nano": lambda: LinearHeadConfig(vssd.VSSDConfig.nano())},
-        module=LinearHead,
-        num_classes=None,
-        classifier=("classifier.",),
-        torch_table=(
-            *torch_names.under("backbone.", "backbone.", vssd.TORCH_TABLE),
-            Row("classifier", "classifier", torch_names.LINEAR),
-        ),
-        recognise=recognise,
-        telling=vssd.FAMILY.telling,
-        backbone=vssd.FAMILY,
-    )
+HEAD = Head(
+    prefix="linear_",
+    module=LinearHead,
+    classifier=("classifier.",),
+    torch_table=(Row("classifier", "classifier", torch_names.LINEAR),),
+    recognise=recognise,
 )
+register(HEAD.on(vssd.FAMILY, {"nano": lambda: LinearHeadConfig(vssd.VSSDConfig.nano())}))
 
 
 def get_config(arg=None):

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from vssd_jax.errors import UserError, did_you_mean
-from vssd_jax.models.torch_names import Table, TensorShapes
+from vssd_jax.models.torch_names import Table, TensorShapes, under
 from vssd_jax.types import Array, Float, Int
 
 # Users may call models with NumPy arrays.
@@ -216,6 +216,65 @@ class Family:
     recognise_backbone: BackboneRecogniser | None = None
     training_fields: tuple[str, ...] = ()
     backbone: "Family | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A kind of detector or segmentor, apart from its backbone.
+
+    Its module has the backbone as the attribute `backbone`, its config as the field of that name.
+
+    Attributes:
+      prefix: stands before the prefix of the backbone's family.
+      module, classifier, training_fields: see `Family`.
+      torch_table: PyTorch's names of the parameters, without the backbone's.
+      recognise: whether a PyTorch state dict has this head, and the fields that it shows.
+    """
+
+    prefix: str
+    module: Callable[..., nnx.Module]
+    classifier: tuple[str, ...]
+    torch_table: Table
+    recognise: Callable[[TensorShapes], Recognised | None]
+    training_fields: tuple[str, ...] = ()
+
+    def on(self, backbone: Family, variants: Mapping[str, Callable[[], Any]]) -> Family:
+        """The family of this head's models on a family of backbones.
+
+        Args:
+          backbone: its classifiers' weights may start the models' backbones.
+          variants: the name of a variant of `backbone` -> a function that makes the config.
+
+        Raises:
+          ValueError: the family cannot be a backbone.
+        """
+        recognise_backbone = backbone.recognise_backbone
+        if recognise_backbone is None:
+            raise ValueError(f"the family {backbone.prefix} does not recognise its backbones")
+
+        def recognise(
+            shapes: TensorShapes, known: Mapping[str, Any] | None, given: Collection[str]
+        ) -> Recognised | None:
+            if (found := self.recognise(shapes)) is None:
+                return None
+            inner = recognise_backbone(shapes.under("backbone."), known, given)
+            return Recognised(found.num_classes, found.fields | inner)
+
+        return Family(
+            prefix=self.prefix + backbone.prefix,
+            variants=variants,
+            module=self.module,
+            num_classes=None,
+            classifier=self.classifier,
+            torch_table=(
+                *under("backbone.", "backbone.", backbone.torch_table),
+                *self.torch_table,
+            ),
+            recognise=recognise,
+            telling=backbone.telling,
+            training_fields=(*backbone.training_fields, *self.training_fields),
+            backbone=backbone,
+        )
 
 
 _FAMILIES: dict[str, Family] = {}

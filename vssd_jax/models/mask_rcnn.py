@@ -6,7 +6,7 @@ released checkpoints were trained. Boxes are x1 y1 x2 y2 in pixels of the padded
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from vssd_jax.models.detection.sampler import sample
 from vssd_jax.models.family import (
     BackboneConfig,
     Detections,
-    Family,
+    Head,
     Images,
     ImageShapes,
     Recognised,
@@ -481,53 +481,29 @@ _TORCH_HEADS = (
 )
 
 
-def family_on(
-    backbone: Family, variants: Mapping[str, Callable[[], MaskRCNNConfig]]
-) -> Family:
-    """Mask R-CNN on a family of backbones: `mask_rcnn_` before the backbone's prefix.
-
-    Args:
-      backbone: the family; its classifiers' weights may start the detectors' backbones.
-      variants: the name of a variant of `backbone` -> the detector's config.
-    """
-
-    def recognise(
-        shapes: TensorShapes, known: Mapping[str, Any] | None, given: Collection[str]
-    ) -> Recognised | None:
-        if not shapes.any_under("rpn_head.", "roi_head."):
-            return None
-        fields = {
-            "fpn_channels": shapes.size("neck.lateral_convs.0.conv.weight"),
-            "box_channels": shapes.size("roi_head.bbox_head.shared_fcs.0.weight"),
-        }
-        num_classes = shapes.size("roi_head.bbox_head.fc_cls.weight") - 1
-        assert backbone.recognise_backbone is not None
-        inner = backbone.recognise_backbone(shapes.under("backbone."), known, given)
-        return Recognised(num_classes, fields | inner)
-
-    return Family(
-        prefix=f"mask_rcnn_{backbone.prefix}",
-        variants=variants,
-        module=MaskRCNN,
-        num_classes=None,
-        classifier=("box_head.cls.", "box_head.reg.", "mask_head.logits."),
-        torch_table=(
-            *torch_names.under("backbone.", "backbone.", backbone.torch_table),
-            *_TORCH_HEADS,
-        ),
-        recognise=recognise,
-        telling=backbone.telling,
-        training_fields=(
-            *backbone.training_fields,
-            "rpn_pre_nms_train", "rpn_samples", "rpn_positive_fraction",
-            "roi_samples", "roi_positive_fraction", "roi_add_objects",
-        ),
-        backbone=backbone,
-    )  # fmt: skip
+def _recognise(shapes: TensorShapes) -> Recognised | None:
+    if not shapes.any_under("rpn_head.", "roi_head."):
+        return None
+    fields = {
+        "fpn_channels": shapes.size("neck.lateral_convs.0.conv.weight"),
+        "box_channels": shapes.size("roi_head.bbox_head.shared_fcs.0.weight"),
+    }
+    return Recognised(shapes.size("roi_head.bbox_head.fc_cls.weight") - 1, fields)
 
 
+HEAD = Head(
+    prefix="mask_rcnn_",
+    module=MaskRCNN,
+    classifier=("box_head.cls.", "box_head.reg.", "mask_head.logits."),
+    torch_table=_TORCH_HEADS,
+    recognise=_recognise,
+    training_fields=(
+        "rpn_pre_nms_train", "rpn_samples", "rpn_positive_fraction",
+        "roi_samples", "roi_positive_fraction", "roi_add_objects",
+    ),
+)  # fmt: skip
 FAMILY = register(
-    family_on(
+    HEAD.on(
         vssd.FAMILY,
         {
             "nano": MaskRCNNConfig.nano,

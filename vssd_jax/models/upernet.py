@@ -8,7 +8,7 @@ K classes.
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, overload
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from vssd_jax.models import torch_names, vssd
-from vssd_jax.models.family import BackboneConfig, Family, Images, Recognised, register
+from vssd_jax.models.family import BackboneConfig, Head, Images, Recognised, register
 from vssd_jax.models.layers import ChannelDropout, Conv, ConvNorm, Precision, normal
 from vssd_jax.models.torch_names import Row, TensorShapes
 from vssd_jax.models.vssd import VSSDConfig
@@ -319,47 +319,26 @@ _TORCH_HEADS = (
 )
 
 
-def family_on(backbone: Family, variants: Mapping[str, Callable[[], UperNetConfig]]) -> Family:
-    """UperNet on a family of backbones: `upernet_` before the backbone's prefix.
-
-    Args:
-      backbone: the family; its classifiers' weights may start the segmentors' backbones.
-      variants: the name of a variant of `backbone` -> the segmentor's config.
-    """
-
-    def recognise(
-        shapes: TensorShapes, known: Mapping[str, Any] | None, given: Collection[str]
-    ) -> Recognised | None:
-        if not shapes.any_under("decode_head."):
-            return None
-        fields = {
-            "channels": shapes.size("decode_head.bottleneck.conv.weight"),
-            "aux_channels": shapes.size("auxiliary_head.convs.0.conv.weight"),
-        }
-        num_classes = shapes.size("decode_head.conv_seg.weight")
-        assert backbone.recognise_backbone is not None
-        inner = backbone.recognise_backbone(shapes.under("backbone."), known, given)
-        return Recognised(num_classes, fields | inner)
-
-    return Family(
-        prefix=f"upernet_{backbone.prefix}",
-        variants=variants,
-        module=UperNet,
-        num_classes=None,
-        classifier=("decode_head.classifier.", "auxiliary_head.classifier."),
-        torch_table=(
-            *torch_names.under("backbone.", "backbone.", backbone.torch_table),
-            *_TORCH_HEADS,
-        ),
-        recognise=recognise,
-        telling=backbone.telling,
-        training_fields=(*backbone.training_fields, "dropout", "aux_weight"),
-        backbone=backbone,
-    )
+def _recognise(shapes: TensorShapes) -> Recognised | None:
+    if not shapes.any_under("decode_head."):
+        return None
+    fields = {
+        "channels": shapes.size("decode_head.bottleneck.conv.weight"),
+        "aux_channels": shapes.size("auxiliary_head.convs.0.conv.weight"),
+    }
+    return Recognised(shapes.size("decode_head.conv_seg.weight"), fields)
 
 
+HEAD = Head(
+    prefix="upernet_",
+    module=UperNet,
+    classifier=("decode_head.classifier.", "auxiliary_head.classifier."),
+    torch_table=_TORCH_HEADS,
+    recognise=_recognise,
+    training_fields=("dropout", "aux_weight"),
+)
 FAMILY = register(
-    family_on(
+    HEAD.on(
         vssd.FAMILY,
         {
             "nano": UperNetConfig.nano,
