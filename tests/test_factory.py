@@ -69,10 +69,10 @@ def test_tracing_and_building_agree(model):
 
 def test_evaluation_and_training_mode(model):
     mean = np.array(model.stem.conv1.norm.mean[...])
-    model.stem(IMAGES)
+    model.stem(jnp.asarray(IMAGES))
     np.testing.assert_array_equal(mean, model.stem.conv1.norm.mean[...])
     fresh = family.build("vssd_nano", num_classes=10, rngs=nnx.Rngs(0))
-    fresh.stem(IMAGES)
+    fresh.stem(jnp.asarray(IMAGES))
     assert not np.array_equal(mean, fresh.stem.conv1.norm.mean[...])
 
 

@@ -40,7 +40,7 @@ def test_values_come_back(inventory):
 def test_unknown_names():
     _, ignored, unknown = torch_names.from_torch(
         vssd.TORCH_TABLE,
-        dict.fromkeys(["norm.weight", "norm.wait", "x.num_batches_tracked", "head"]),
+        dict.fromkeys(["norm.weight", "norm.wait", "x.num_batches_tracked", "head"], np.zeros(1)),
     )
     assert (ignored, unknown) == (["x.num_batches_tracked"], ["norm.wait", "head"])
 

@@ -329,6 +329,10 @@ def make_config(name: str, **overrides: Any) -> Any:
     for option, value in overrides.items():
         if not _alike(value, default[option]):
             raise UserError(f"{name}: {option}={value!r} must be like {default[option]!r}")
+    # A list where it comes from JSON.
+    overrides = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items()
+    }
     try:
         if inner:
             backbone = {key: value for key, value in overrides.items() if key in inner}
