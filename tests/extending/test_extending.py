@@ -40,18 +40,26 @@ def command(script, config, *arguments):
     return done.stdout
 
 
-def train_and_evaluate(config, folder, data_dir):
-    """Losses by step, and the last line of the evaluation."""
-    data = f"--config.data_dir={data_dir}"
-    command("train.py", config, f"--workdir={folder / 'run'}", data)
-    lines = read_metrics(folder / "run")
-    losses = [line["train/loss"] for line in lines if "train/loss" in line]
-    printed = command("eval.py", config, f"--weights={folder / 'run'}", data)
+def train(config, workdir, data_dir):
+    """The lines of metrics.jsonl."""
+    command("train.py", config, f"--workdir={workdir}", f"--config.data_dir={data_dir}")
+    return read_metrics(workdir)
+
+
+def losses(lines):
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+def evaluate(config, workdir, data_dir, lines):
+    """The last line of `eval.py`, whose metrics must be those that training has written."""
+    printed = command(
+        "eval.py", config, f"--weights={workdir}", f"--config.data_dir={data_dir}"
+    )
     results = json.loads(printed.splitlines()[-1])
     saved = {name: value for name, value in lines[-1].items() if name.startswith("val/")}
     assert saved
     assert {name: results[name] for name in saved} == saved
-    return losses, results
+    return results
 
 
 @pytest.mark.parametrize(
@@ -65,10 +73,10 @@ def train_and_evaluate(config, folder, data_dir):
     ],
 )
 def test_a_stranger_trains_and_is_evaluated(config, metric, tmp_path, data_dir):
-    losses, results = train_and_evaluate(config, tmp_path, data_dir)
-    assert len(losses) == 3
-    assert np.isfinite(losses).all()
-    assert losses[0] != losses[-1]
+    lines = train(config, tmp_path, data_dir)
+    assert len(losses(lines)) == 3
+    assert np.isfinite(losses(lines)).all()
+    results = evaluate(config, tmp_path, data_dir, lines)
     assert results["parameters"] > 0
     assert results["multiply_adds"] > 0
     assert 0 <= results[metric] <= 1
@@ -76,10 +84,9 @@ def test_a_stranger_trains_and_is_evaluated(config, metric, tmp_path, data_dir):
 
 def test_a_kernel_takes_part_and_agrees(tmp_path, data_dir):
     """The same run with the toy kernel and without: losses agree but for rounding."""
-    losses, results = train_and_evaluate("toy_kernel.py", tmp_path / "toy", data_dir)
-    expected, expected_results = train_and_evaluate(
-        "toy_kernel.py:xla", tmp_path / "xla", data_dir
-    )
-    np.testing.assert_allclose(losses, expected, rtol=1e-4)
-    assert losses != expected  # it was another program
-    assert results["val/loss"] == pytest.approx(expected_results["val/loss"], rel=1e-4)
+    lines = train("toy_kernel.py", tmp_path / "toy", data_dir)
+    expected = train("toy_kernel.py:xla", tmp_path / "xla", data_dir)
+    np.testing.assert_allclose(losses(lines), losses(expected), rtol=1e-4)
+    assert losses(lines) != losses(expected)  # it was another program
+    assert lines[-1]["val/loss"] == pytest.approx(expected[-1]["val/loss"], rel=1e-4)
+    evaluate("toy_kernel.py", tmp_path / "toy", data_dir, lines)
