@@ -417,7 +417,8 @@ def _top(
     scores: Float[Array, " N"], k: int
 ) -> tuple[Float[Array, " K"], Int[Array, " K"]]:
     """The k greatest of (N,), or all if there are fewer, and their indices."""
-    return jax.lax.top_k(scores, min(k, len(scores)))
+    best, indices = jax.lax.top_k(scores, min(k, len(scores)))
+    return best, indices
 
 
 def _pick(
