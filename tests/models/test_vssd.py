@@ -15,16 +15,10 @@ from tests.golden_model import (
     relative_error,
     run,
 )
-from vssd_jax.kernels.residual import add_branch
-from vssd_jax.models.vssd import (
-    VSSD,
-    BatchNorm,
-    DropPath,
-    Precision,
-    Stage,
-    VSSDConfig,
-    batch_norm,
-)
+from vssd_jax.kernels.add_branch import add_branch
+from vssd_jax.kernels.batch_norm import batch_norm
+from vssd_jax.models.layers import BatchNorm, DropPath, Precision
+from vssd_jax.models.vssd import VSSD, Stage, VSSDConfig
 
 SLOW = pytest.mark.slow  # built of the same blocks as the others
 VARIANTS = ("micro", "tiny", pytest.param("small", marks=SLOW), pytest.param("base", marks=SLOW))

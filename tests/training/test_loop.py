@@ -11,7 +11,6 @@ import optax
 import pytest
 import scipy.special
 from absl import flags
-from vssd_jax.training.evaluation import evaluate_weights
 
 from configs.digits import get_config
 from tests.conftest import GOLDEN, ROOT
@@ -21,6 +20,7 @@ from tests.golden_model import run as run_model
 from tests.resume import assert_same_run, train_with_stops
 from vssd_jax.config import classification_config, segmentation_config
 from vssd_jax.errors import UserError
+from vssd_jax.inference.evaluation import evaluate_weights
 from vssd_jax.models.split import SplitModel
 from vssd_jax.tasks import make_task
 from vssd_jax.tasks.classification import Classification
