@@ -12,7 +12,6 @@ from flax import nnx
 from tests.golden.inventories import load_inventory
 from tests.golden.synthetic import synthetic_images, synthetic_state_dict
 from vssd_jax.models import torch_names, upernet
-from vssd_jax.models.layers import ChannelDropout
 from vssd_jax.weights.state import set_state
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -111,19 +110,6 @@ def test_logits_have_the_images_size():
         torch.tensor(np.asarray(decode)).permute(0, 3, 1, 2), size=(45, 70), mode="bilinear"
     )
     np.testing.assert_allclose(got, expected.permute(0, 2, 3, 1).numpy(), rtol=1e-3, atol=1e-4)
-
-
-def test_dropout_drops_whole_channels_in_training_alone():
-    dropout = ChannelDropout(0.25)
-    x = jnp.ones((8, 3, 4, 64))
-    y = np.asarray(dropout(x, nnx.Rngs(dropout=0)))
-    assert set(np.unique(y)) == {0, np.float32(1 / 0.75)}
-    assert (y == y[:, :1, :1]).all()
-    assert 0.15 < (y == 0).mean() < 0.35
-    with pytest.raises(ValueError, match="rngs"):
-        dropout(x, None)
-    dropout.eval()
-    assert dropout(x, None) is x
 
 
 def test_half_precision_keeps_parameters_and_logits_in_float32():

@@ -15,9 +15,7 @@ from tests.golden_model import (
     relative_error,
     run,
 )
-from vssd_jax.kernels.add_branch import add_branch
-from vssd_jax.kernels.batch_norm import batch_norm
-from vssd_jax.models.layers import BatchNorm, DropPath, Precision
+from vssd_jax.models.layers import Precision
 from vssd_jax.models.vssd import VSSD, Stage, VSSDConfig
 
 SLOW = pytest.mark.slow  # built of the same blocks as the others
@@ -121,50 +119,6 @@ def test_remat_changes_no_gradient(x64):
     assert remat_products > products  # the forward pass again
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(rematerialised), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
-
-
-def test_batch_norm_keeps_pytorchs_statistics(x64):
-    x = np.random.default_rng(0).normal(2, 3, (4, 5, 3, 2))
-    norm = BatchNorm(2, precision=Precision(jnp.float64))
-    y = norm(x)
-    np.testing.assert_allclose(np.mean(y, (0, 1, 2)), 0, atol=1e-12)
-    np.testing.assert_allclose(norm.mean[...], 0.1 * x.mean((0, 1, 2)))
-    np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1))
-
-
-def test_batch_norm_has_the_gradient_of_the_formula(x64):
-    rng = np.random.default_rng(0)
-    x, dy = rng.normal(2, 3, (2, 4, 5, 3, 2))
-    scale, bias = rng.normal(1, 0.2, (2, 2))
-
-    def formula(x, scale, bias):
-        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
-        return (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
-
-    def ours(x, scale, bias):
-        return batch_norm(x, scale, bias, 1e-5, x.dtype)[0]
-
-    for f in (ours, jax.checkpoint(ours)):
-        for a, b in zip(
-            jax.vjp(f, x, scale, bias)[1](dy), jax.vjp(formula, x, scale, bias)[1](dy), strict=True
-        ):
-            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
-
-
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    drop = DropPath(0.3)
-    weights = np.asarray(drop(4000, nnx.Rngs(dropout=0)))
-    x, branch = jnp.ones((4000, 2, 2)), jnp.full((4000, 2, 2), 3.0)
-    expected = np.broadcast_to((1 + 3 * weights)[:, None, None], x.shape)
-    np.testing.assert_allclose(add_branch(x, branch, weights), expected, rtol=1e-6)
-    kept = weights > 0
-    np.testing.assert_allclose(weights[kept], 1 / 0.7, rtol=1e-6)
-    assert abs(kept.mean() - 0.7) < 3 * (0.3 * 0.7 / 4000) ** 0.5
-    with pytest.raises(ValueError, match="rngs"):
-        drop(1, None)
-    drop.eval()
-    assert drop(9, None) is None
-    assert (add_branch(x, branch, None) == 4).all()
 
 
 def test_drop_path_rises_linearly():

@@ -1,4 +1,4 @@
-"""One step: weight decay's mask, micro-batches, and what is not finite."""
+"""One step: micro-batches, and what is not finite."""
 
 import jax
 import jax.numpy as jnp
@@ -7,62 +7,9 @@ import optax
 import pytest
 from flax import nnx
 
-from tests.golden_model import GOLDEN
-from vssd_jax.models import torch_names, vssd
-from vssd_jax.models.family import build
-from vssd_jax.models.layers import BatchNorm, LayerNorm, Linear, Precision
 from vssd_jax.models.split import SplitModel
-from vssd_jax.models.vssd import VSSD, VSSDConfig
-from vssd_jax.training.optimizer import decayed
 from vssd_jax.training.state import init_state
 from vssd_jax.training.step import make_train_step
-
-
-def _nano(dtype):
-    return SplitModel(
-        lambda rngs: VSSD(VSSDConfig.nano(), num_classes=10, dtype=dtype, rngs=rngs)
-    )
-
-
-def test_weight_decay_spares_the_authors_tensors():
-    model = _nano("float32")
-    decays = decayed(model, "vectors")
-    spared = {name: shape for name, shape in model.parameter_shapes.items() if not decays[name]}
-    zeros = {name: np.zeros(shape) for name, shape in spared.items()}
-    names = torch_names.to_torch(vssd.TORCH_TABLE, zeros)
-    golden = np.load(GOLDEN / "training_nano.npz")["no_decay"]
-    assert sorted(names) == sorted(golden)
-
-
-class _Odd(nnx.Module):
-    """Norms of several types, under names that do not say so."""
-
-    def __init__(self, rngs):
-        self.first = LayerNorm(4, precision=Precision())
-        self.second = nnx.List([BatchNorm(4, precision=Precision())])
-        self.third = nnx.GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))
-        self.norm = Linear(4, 4, precision=Precision(), rngs=rngs)
-        self.A_log = nnx.Param(jnp.zeros(3))
-
-
-def test_decay_of_detectors_spares_norms_under_any_name():
-    decays = decayed(SplitModel(_Odd), "norms")
-    assert {name for name, value in decays.items() if value} == {
-        "A_log", "norm.kernel", "norm.bias",
-    }  # fmt: skip
-    assert len(decays) == 9
-
-
-@pytest.mark.parametrize("name", ["vssd_nano", "mask_rcnn_vssd_nano", "upernet_vssd_nano"])
-def test_the_norms_of_every_model_are_found(name):
-    """By the names that they happen to have, as weight decay was chosen in earlier versions."""
-    model = SplitModel(lambda rngs: build(name, rngs=rngs))
-    named = {
-        name
-        for name in model.parameter_shapes
-        if {"norm", "norm1", "norm2", "out_norms"} & set(name.split("."))
-    }
-    assert model.norm_parameters == named
 
 
 class _Line(nnx.Module):
