@@ -1,5 +1,7 @@
 """The model against the outputs of the authors' code."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,13 +51,17 @@ def test_backbone_maps_in_float64(size, x64):
         assert relative_error(actual, expected) < 1e-12
 
 
+@functools.cache
+def square_logits(variant, dtype):
+    config = getattr(VSSDConfig, variant)()
+    model = golden_model(config, f"classification_{variant}", num_classes=1000, dtype=dtype)
+    return run(model, golden_images((2, 3, 224, 224)))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant_logits_in_float32(variant):
-    config = getattr(VSSDConfig, variant)()
-    inventory = f"classification_{variant}"
-    model = golden_model(config, inventory, num_classes=1000, dtype="float32")
-    golden = np.load(GOLDEN / f"{inventory}.npz")
-    logits = run(model, golden_images((2, 3, 224, 224)))
+    golden = np.load(GOLDEN / f"classification_{variant}.npz")
+    logits = square_logits(variant, "float32")
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=2e-5)
     np.testing.assert_allclose(logits, golden["logits_f64"], rtol=0, atol=2e-5)
 
@@ -72,12 +78,7 @@ def test_rectangular_logits_in_float32(variant):
 
 
 def test_bfloat16_is_near_float32():
-    images = golden_images((2, 3, 224, 224))
-    exact, rounded = (
-        run(golden_model(VSSDConfig.tiny(), "classification_tiny", num_classes=1000, dtype=dtype),
-            images)
-        for dtype in ("float32", "bfloat16")
-    )  # fmt: skip
+    exact, rounded = (square_logits("tiny", dtype) for dtype in ("float32", "bfloat16"))
     assert rounded.dtype == np.float32
     assert np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.02
 
