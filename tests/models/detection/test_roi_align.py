@@ -46,12 +46,16 @@ def test_roi_align_gradient_is_the_transposed_map():
     features = jnp.asarray(rng.standard_normal((1, 8, 9, 2)), jnp.float32)
     boxes = jnp.asarray(random_boxes(rng, 6)[None])
     cotangent = jnp.asarray(rng.standard_normal((1, 6, 3, 3, 2)), jnp.float32)
-    align = functools.partial(roi_align, boxes=boxes, bins=3, scale=0.25)
-    value, pull = jax.vjp(align, features)
-    (gradient,) = pull(cotangent)
+
+    @jax.jit
+    def value_and_gradients(features, boxes):
+        align = functools.partial(roi_align, bins=3, scale=0.25)
+        value, pull = jax.vjp(lambda features: align(features, boxes), features)
+        return value, *pull(cotangent), jax.grad(lambda boxes: align(features, boxes).sum())(boxes)
+
+    value, gradient, box_gradient = value_and_gradients(features, boxes)
     # The map is linear: <y, A x> = <A^T y, x>.
     np.testing.assert_allclose((value * cotangent).sum(), (gradient * features).sum(), rtol=1e-4)
-    box_gradient = jax.grad(lambda b: roi_align(features, b, 3, 0.25).sum())(boxes)
     np.testing.assert_array_equal(box_gradient, 0)
 
 
