@@ -1,4 +1,4 @@
-"""The test of a module is found by its path: that of vssd_jax/models/vssd.py is models/test_vssd.py.
+"""A module's test is found by its path: vssd_jax/models/vssd.py has tests/models/test_vssd.py.
 
 Packages, so that files of different folders may have one name.
 """
