@@ -1,1 +1,4 @@
-"""A package, so that test_vssd.py may mirror both the model's file and the PyTorch reference's."""
+"""A module's test is found by its path: vssd_jax/models/vssd.py has tests/models/test_vssd.py.
+
+Packages, so that files of different folders may have one name.
+"""

@@ -9,6 +9,7 @@ from flax import nnx
 from tests.golden.inventories import load_inventory
 from tests.golden.synthetic import synthetic_images, synthetic_state_dict
 from vssd_jax.models import torch_names, vssd
+from vssd_jax.models.family import abstract
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 from vssd_jax.weights import state
 
@@ -42,9 +43,7 @@ def golden_weights(inventory: str, salt: int = 0) -> dict[str, np.ndarray]:
 
 def golden_model(config, inventory: str, *, num_classes, dtype, salt: int = 0) -> VSSD:
     """A model in evaluation mode with the golden weights."""
-    model = nnx.eval_shape(
-        lambda: VSSD(config, num_classes=num_classes, dtype=dtype, rngs=nnx.Rngs(0))
-    )
+    model = abstract(lambda rngs: VSSD(config, num_classes=num_classes, dtype=dtype, rngs=rngs))
     state.set_state(model, golden_weights(inventory, salt))
     model.eval()
     return model

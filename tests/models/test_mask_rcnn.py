@@ -16,6 +16,7 @@ from vssd_jax.models import mask_rcnn, torch_names
 from vssd_jax.models.detection.assigner import assign
 from vssd_jax.models.detection.masks import paste_masks
 from vssd_jax.models.detection.roi_align import pyramid_roi_align
+from vssd_jax.models.family import abstract
 from vssd_jax.models.mask_rcnn import MaskRCNN, MaskRCNNConfig, Proposals
 from vssd_jax.weights.state import set_state
 
@@ -34,7 +35,7 @@ def make_model(config):
     tensors = synthetic_state_dict(load_inventory("mask_rcnn_nano"))
     params, *_, unknown = torch_names.from_torch(mask_rcnn.FAMILY.torch_table, tensors)
     assert not unknown
-    model = MaskRCNN(config, rngs=nnx.Rngs(0))
+    model = abstract(lambda rngs: MaskRCNN(config, rngs=rngs))
     set_state(model, params)
     model.eval()
     return model
@@ -55,6 +56,11 @@ def maps(model, images):
     return run(model, MaskRCNN.feature_maps, images)
 
 
+@pytest.fixture(scope="module")
+def rpn_outputs(model, maps):
+    return run(model, lambda m, maps: [m.rpn_head(x) for x in maps], maps)
+
+
 def run(model, method, *args):
     """A method of the model under jit."""
     graphdef, state = nnx.split(model)
@@ -72,13 +78,12 @@ def test_feature_maps(maps, golden):
         assert relative(x[:1].transpose(0, 3, 1, 2), golden[f"fpn{i}"]) < 1e-5
 
 
-def test_rpn_outputs(model, maps, golden):
-    for i, x in enumerate(maps):
-        logits, deltas = model.rpn_head(x[:1])
+def test_rpn_outputs(rpn_outputs, golden):
+    for i, (logits, deltas) in enumerate(rpn_outputs):
         expected = golden[f"rpn_cls{i}"].transpose(0, 2, 3, 1).reshape(1, -1)
-        assert relative(logits, expected) < 1e-5
+        assert relative(logits[:1], expected) < 1e-5
         expected = golden[f"rpn_reg{i}"].transpose(0, 2, 3, 1).reshape(1, -1, 4)
-        assert relative(deltas, expected) < 1e-5
+        assert relative(deltas[:1], expected) < 1e-5
 
 
 def test_proposals(model, maps, golden):
@@ -93,17 +98,19 @@ def test_region_features_and_heads(model, maps, golden):
     rois = golden["rois"]
     image, boxes = rois[:, 0].astype(int), jnp.tile(rois[None, :, 1:], (2, 1, 1))
 
-    def features(bins):
-        result = pyramid_roi_align(maps[:4], (4, 8, 16, 32), boxes, bins)
-        return result[image, np.arange(len(rois))]
+    def outputs(model, maps, boxes):
+        small, large = (
+            pyramid_roi_align(maps, (4, 8, 16, 32), boxes, bins)[image, np.arange(len(rois))]
+            for bins in (7, 14)
+        )
+        return small, large, model.box_head(small), model.mask_head(large)
 
-    small, large = features(7), features(14)
+    small, large, (logits, deltas), masks = run(model, outputs, maps[:4], boxes)
     assert relative(small.transpose(0, 3, 1, 2), golden["roi_feats7"]) < 1e-5
     assert relative(large.transpose(0, 3, 1, 2)[:, ::4], golden["roi_feats14_sub"]) < 1e-5
-    logits, deltas = model.box_head(small)
     assert relative(logits, golden["bbox_cls"]) < 1e-5
     assert relative(deltas.reshape(len(rois), -1), golden["bbox_reg"]) < 1e-5
-    masks = model.mask_head(large).transpose(0, 3, 1, 2)[:, ::3]
+    masks = masks.transpose(0, 3, 1, 2)[:, ::3]
     assert relative(masks, golden["mask_logits_sub"]) < 1e-5
 
 
@@ -142,26 +149,32 @@ def ground_truth(golden):
     }
 
 
-def test_rpn_losses(maps, golden):
+def test_rpn_losses(maps, rpn_outputs, golden):
     config = dataclasses.replace(MaskRCNNConfig.nano(), rpn_samples=10000)
     model, batch = make_model(config), ground_truth(golden)
-    outputs = [model.rpn_head(x) for x in maps]
-    losses = run(model, MaskRCNN.rpn_losses, outputs, maps, batch, jax.random.key(0))
+    losses = run(model, MaskRCNN.rpn_losses, rpn_outputs, maps, batch, jax.random.key(0))
+
+    @jax.jit
+    def assignment(maps, image_shape, boxes, valid):
+        levels = model._anchors(maps, image_shape)
+        grid, inside = (jnp.concatenate(part) for part in zip(*levels, strict=True))
+        return levels, assign(
+            grid, inside, boxes, valid, positive_iou=0.7, negative_iou=0.3, min_positive_iou=0.3
+        )
+
     positive, used, wrong = 0, 0, np.zeros(5)
     for i in range(2):
-        levels = model._anchors(maps, batch["image_shape"][i])
-        grid, inside = (jnp.concatenate(part) for part in zip(*levels, strict=True))
-        assigned = assign(
-            grid, inside, batch["boxes"][i], batch["valid"][i],
-            positive_iou=0.7, negative_iou=0.3, min_positive_iou=0.3,
-        )  # fmt: skip
+        levels, assigned = assignment(
+            maps, *(batch[name][i] for name in ("image_shape", "boxes", "valid"))
+        )
         positive += int((assigned >= 0).sum())
         used += int((assigned >= -1).sum())
         # The file's run gave the RPN the classes of the objects (mmdet's detector sets them to
         # 0 before), so that objects other than class 0 counted as background in its
         # classification: log(1 + e^x) in place of log(1 + e^-x), x more.
-        background = (assigned >= 0) & (batch["labels"][i][assigned] > 0)
-        logits = jnp.concatenate([level[0][i] for level in outputs])
+        assigned, labels = np.asarray(assigned), np.asarray(batch["labels"][i])
+        background = (assigned >= 0) & (labels[np.maximum(assigned, 0)] > 0)
+        logits = np.concatenate([level[0][i] for level in rpn_outputs])
         ends = np.cumsum([len(level[0]) for level in levels])[:-1]
         wrong += [part.sum() for part in np.split(np.where(background, logits, 0), ends)]
     # The file divides by the positive anchors, training by all that are used.

@@ -1,5 +1,6 @@
 """UperNet against the golden cases and PyTorch's resampling."""
 
+import functools
 import pathlib
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 from tests.golden.inventories import load_inventory
 from tests.golden.synthetic import synthetic_images, synthetic_state_dict
 from vssd_jax.models import torch_names, upernet
-from vssd_jax.models.layers import ChannelDropout
+from vssd_jax.models.family import abstract
 from vssd_jax.weights.state import set_state
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -22,12 +23,17 @@ def golden_model(variant, dtype=jnp.float32):
     """An UperNet with the golden case's synthetic weights, in evaluation mode."""
     config = getattr(upernet.UperNetConfig, variant)()
     tensors = synthetic_state_dict(load_inventory(f"upernet_{variant}"))
-    model = upernet.UperNet(config, dtype=dtype, rngs=nnx.Rngs(0))
+    model = abstract(lambda rngs: upernet.UperNet(config, dtype=dtype, rngs=rngs))
     params, _, unknown = torch_names.from_torch(upernet.FAMILY.torch_table, tensors)
     assert not unknown
     set_state(model, params)
     model.eval()
     return model
+
+
+@functools.cache
+def nano_model(dtype="float32"):
+    return golden_model("nano", jnp.dtype(dtype))
 
 
 def forward(model, images):
@@ -47,7 +53,7 @@ def test_nano_logits_match_golden(size, dtype):
     images = synthetic_images((1, 3, *map(int, size.split("x")))).transpose(0, 2, 3, 1)
     suffix, bound = {"float64": ("_f64", 1e-9), "float32": ("", 1e-5)}[dtype]
     with jax.enable_x64(dtype == "float64"):
-        model = golden_model("nano", jnp.dtype(dtype))
+        model = nano_model(dtype)
         logits = forward(model, jnp.asarray(images, dtype))
         for head, got in zip(("decode", "aux"), logits, strict=True):
             expected = golden[f"{size}_{head}{suffix}"]
@@ -97,7 +103,7 @@ def test_adaptive_average_pool_matches_pytorch(size, cells):
 
 
 def test_logits_have_the_images_size():
-    graphdef, state = nnx.split(golden_model("nano"))
+    graphdef, state = nnx.split(nano_model())
     images = jnp.asarray(synthetic_images((1, 3, 45, 70)).transpose(0, 2, 3, 1))
 
     @jax.jit
@@ -113,21 +119,8 @@ def test_logits_have_the_images_size():
     np.testing.assert_allclose(got, expected.permute(0, 2, 3, 1).numpy(), rtol=1e-3, atol=1e-4)
 
 
-def test_dropout_drops_whole_channels_in_training_alone():
-    dropout = ChannelDropout(0.25)
-    x = jnp.ones((8, 3, 4, 64))
-    y = np.asarray(dropout(x, nnx.Rngs(dropout=0)))
-    assert set(np.unique(y)) == {0, np.float32(1 / 0.75)}
-    assert (y == y[:, :1, :1]).all()
-    assert 0.15 < (y == 0).mean() < 0.35
-    with pytest.raises(ValueError, match="rngs"):
-        dropout(x, None)
-    dropout.eval()
-    assert dropout(x, None) is x
-
-
 def test_half_precision_keeps_parameters_and_logits_in_float32():
-    model = golden_model("nano", jnp.bfloat16)
+    model = nano_model("bfloat16")
     assert model.decode_head.classifier.kernel[...].dtype == jnp.float32
     images = jnp.asarray(synthetic_images((1, 3, 64, 96)).transpose(0, 2, 3, 1))
     decode, aux = forward(model, images)

@@ -1,5 +1,7 @@
 """The model against the outputs of the authors' code."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,16 +17,8 @@ from tests.golden_model import (
     relative_error,
     run,
 )
-from vssd_jax.kernels.residual import add_branch
-from vssd_jax.models.vssd import (
-    VSSD,
-    BatchNorm,
-    DropPath,
-    Precision,
-    Stage,
-    VSSDConfig,
-    batch_norm,
-)
+from vssd_jax.models.layers import Precision
+from vssd_jax.models.vssd import VSSD, Stage, VSSDConfig
 
 SLOW = pytest.mark.slow  # built of the same blocks as the others
 VARIANTS = ("micro", "tiny", pytest.param("small", marks=SLOW), pytest.param("base", marks=SLOW))
@@ -57,13 +51,17 @@ def test_backbone_maps_in_float64(size, x64):
         assert relative_error(actual, expected) < 1e-12
 
 
+@functools.cache
+def square_logits(variant, dtype):
+    config = getattr(VSSDConfig, variant)()
+    model = golden_model(config, f"classification_{variant}", num_classes=1000, dtype=dtype)
+    return run(model, golden_images((2, 3, 224, 224)))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant_logits_in_float32(variant):
-    config = getattr(VSSDConfig, variant)()
-    inventory = f"classification_{variant}"
-    model = golden_model(config, inventory, num_classes=1000, dtype="float32")
-    golden = np.load(GOLDEN / f"{inventory}.npz")
-    logits = run(model, golden_images((2, 3, 224, 224)))
+    golden = np.load(GOLDEN / f"classification_{variant}.npz")
+    logits = square_logits(variant, "float32")
     np.testing.assert_allclose(logits, golden["logits"], rtol=0, atol=2e-5)
     np.testing.assert_allclose(logits, golden["logits_f64"], rtol=0, atol=2e-5)
 
@@ -80,12 +78,7 @@ def test_rectangular_logits_in_float32(variant):
 
 
 def test_bfloat16_is_near_float32():
-    images = golden_images((2, 3, 224, 224))
-    exact, rounded = (
-        run(golden_model(VSSDConfig.tiny(), "classification_tiny", num_classes=1000, dtype=dtype),
-            images)
-        for dtype in ("float32", "bfloat16")
-    )  # fmt: skip
+    exact, rounded = (square_logits("tiny", dtype) for dtype in ("float32", "bfloat16"))
     assert rounded.dtype == np.float32
     assert np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.02
 
@@ -127,50 +120,6 @@ def test_remat_changes_no_gradient(x64):
     assert remat_products > products  # the forward pass again
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(rematerialised), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
-
-
-def test_batch_norm_keeps_pytorchs_statistics(x64):
-    x = np.random.default_rng(0).normal(2, 3, (4, 5, 3, 2))
-    norm = BatchNorm(2, precision=Precision(jnp.float64))
-    y = norm(x)
-    np.testing.assert_allclose(np.mean(y, (0, 1, 2)), 0, atol=1e-12)
-    np.testing.assert_allclose(norm.mean[...], 0.1 * x.mean((0, 1, 2)))
-    np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1))
-
-
-def test_batch_norm_has_the_gradient_of_the_formula(x64):
-    rng = np.random.default_rng(0)
-    x, dy = rng.normal(2, 3, (2, 4, 5, 3, 2))
-    scale, bias = rng.normal(1, 0.2, (2, 2))
-
-    def formula(x, scale, bias):
-        mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
-        return (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
-
-    def ours(x, scale, bias):
-        return batch_norm(x, scale, bias, 1e-5, x.dtype)[0]
-
-    for f in (ours, jax.checkpoint(ours)):
-        for a, b in zip(
-            jax.vjp(f, x, scale, bias)[1](dy), jax.vjp(formula, x, scale, bias)[1](dy), strict=True
-        ):
-            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
-
-
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    drop = DropPath(0.3)
-    weights = np.asarray(drop(4000, nnx.Rngs(dropout=0)))
-    x, branch = jnp.ones((4000, 2, 2)), jnp.full((4000, 2, 2), 3.0)
-    expected = np.broadcast_to((1 + 3 * weights)[:, None, None], x.shape)
-    np.testing.assert_allclose(add_branch(x, branch, weights), expected, rtol=1e-6)
-    kept = weights > 0
-    np.testing.assert_allclose(weights[kept], 1 / 0.7, rtol=1e-6)
-    assert abs(kept.mean() - 0.7) < 3 * (0.3 * 0.7 / 4000) ** 0.5
-    with pytest.raises(ValueError, match="rngs"):
-        drop(1, None)
-    drop.eval()
-    assert drop(9, None) is None
-    assert (add_branch(x, branch, None) == 4).all()
 
 
 def test_drop_path_rises_linearly():

@@ -7,11 +7,9 @@ import sys
 
 import jax
 import numpy as np
-import optax
 import pytest
 import scipy.special
 from absl import flags
-from vssd_jax.training.evaluation import evaluate_weights
 
 from configs.digits import get_config
 from tests.conftest import GOLDEN, ROOT
@@ -19,18 +17,16 @@ from tests.golden.synthetic import _rng
 from tests.golden_model import golden_images, golden_weights, relative_error
 from tests.golden_model import run as run_model
 from tests.resume import assert_same_run, train_with_stops
-from vssd_jax.config import classification_config, segmentation_config
+from vssd_jax.config import classification_config
 from vssd_jax.errors import UserError
+from vssd_jax.inference.evaluation import evaluate_weights
 from vssd_jax.models.split import SplitModel
 from vssd_jax.tasks import make_task
 from vssd_jax.tasks.classification import Classification
 from vssd_jax.training.loop import train
 from vssd_jax.training.metrics import read_metrics
-from vssd_jax.training.state import init_state
 from vssd_jax.weights.checkpoint import read_ema
 from vssd_jax.weights.folder import Weights, write_folder
-from vssd_jax.weights.load import load
-from vssd_jax.weights.pretrained import pretrained_weights
 
 EPOCH = 1437 // 128  # steps
 
@@ -122,11 +118,11 @@ def test_a_finished_run_is_not_repeated(run, capsys):
     before = (workdir / "metrics.jsonl").read_bytes()
     assert train(make_task(config), config, workdir) == results
     assert (workdir / "metrics.jsonl").read_bytes() == before
-    told = capsys.readouterr().out
-    assert f"{results['val/top1']:.4f}" in told
+    printed = capsys.readouterr().out
+    assert f"{results['val/top1']:.4f}" in printed
     for word in ("versions: python", "devices: 1 cpu", "mesh: data 1, fsdp 1", "head.kernel",
                  "memory per device: state", '"batch_size": 128'):  # fmt: skip
-        assert word in told
+        assert word in printed
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -154,69 +150,6 @@ def test_a_workdir_in_use_is_refused(run):
         with pytest.raises(UserError, match="in use by process"):
             train(make_task(config), config, workdir)
         other.stdin.write("\n")
-
-
-def started(config):
-    """The state of a run that starts from `config.init_from`."""
-    model = SplitModel(make_task(config).build)
-    weights = pretrained_weights(
-        config.init_from, config.model, model.abstract, config.model_options.to_dict()
-    )
-    return init_state(model, optax.sgd(1.0), jax.random.key(1), weights)
-
-
-@pytest.mark.parametrize("num_classes", [10, 12])
-def test_fine_tuning_starts_from_weights(run, num_classes):
-    config, workdir, _, _ = run
-    config = config.copy_and_resolve_references()
-    config.update(init_from=str(workdir), num_classes=num_classes, image_size=48)
-    state = started(config)
-    expected, _ = read_ema(workdir)
-    for name, value in {**state.params, **state.batch_stats}.items():
-        if name.startswith("head.") and num_classes != 10:
-            assert value.shape[-1] == 12
-        else:
-            np.testing.assert_array_equal(value, expected[name])
-
-
-@pytest.mark.parametrize("kind", ["workdir", "file"])
-def test_a_classifier_starts_a_backbone(run, kind):
-    config = segmentation_config()
-    config.update(model="upernet_vssd_nano", dataset="digits_segmentation")
-    if kind == "workdir":
-        config.init_from = str(run[1])
-        config.model_options = {**run[0].model_options, "channels": 8, "aux_channels": 8}
-        expected, _ = read_ema(run[1])
-    else:
-        config.init_from = str(GOLDEN / "checkpoints" / "classification_nano.pth")
-        expected = load(config.init_from).params
-    state = started(config)
-    filled = {**state.params, **state.batch_stats}
-    left = {name for name in expected if name.split(".")[0] in ("norm", "head")}
-    assert len(left) == 4
-    for name in expected.keys() - left:
-        np.testing.assert_array_equal(filled[f"backbone.{name}"], expected[name], err_msg=name)
-    fresh = {name for name in filled if name.removeprefix("backbone.") not in expected}
-    assert {name.split(".")[0] for name in fresh} == {
-        "backbone", "decode_head", "auxiliary_head",
-    }  # fmt: skip
-    assert {name.split(".")[1] for name in fresh if name.startswith("backbone")} == {"out_norms"}
-
-
-@pytest.mark.parametrize(
-    ("model", "options", "message"),
-    [
-        ("upernet_vssd_micro", {}, "vssd_nano, not of vssd_micro"),
-        ("upernet_vssd_nano", {"d_state": 4}, "12 of another shape"),
-        ("upernet_vssd_nano", {"depths": (1, 1, 1, 1)}, "vssd_nano, not of vssd_nano"),
-    ],
-)
-def test_a_backbone_that_does_not_fit_is_named(model, options, message):
-    config = segmentation_config()
-    config.init_from = str(GOLDEN / "checkpoints" / "classification_nano.pth")
-    config.update(model=model, model_options=options, dataset="digits_segmentation")
-    with pytest.raises(UserError, match=message):
-        started(config)
 
 
 def test_another_model_in_the_workdir_is_refused(run):

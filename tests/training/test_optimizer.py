@@ -1,12 +1,20 @@
-"""Schedules and AdamW against their formulas."""
+"""Schedules against their formulas, and which parameters have weight decay."""
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from tests.conftest import GOLDEN
 from vssd_jax.config import base_config
-from vssd_jax.training.optimizer import make_schedule
+from vssd_jax.errors import UserError
+from vssd_jax.models import torch_names, vssd
+from vssd_jax.models.layers import BatchNorm, LayerNorm, Linear, Precision
+from vssd_jax.models.split import SplitModel
+from vssd_jax.models.vssd import VSSD, VSSDConfig
+from vssd_jax.training.optimizer import decayed, make_schedule
 
 
 def test_cosine_with_warm_up_scales_with_the_batch():
@@ -39,3 +47,41 @@ def test_steps_and_linear():
     schedule = make_schedule(config, 100)
     assert float(schedule(525)) == pytest.approx(3e-5, rel=1e-5)
     assert float(schedule(1000)) == pytest.approx(0, abs=1e-9)
+
+
+def test_weight_decay_spares_the_authors_tensors():
+    model = SplitModel(lambda rngs: VSSD(VSSDConfig.nano(), num_classes=10, rngs=rngs))
+    decays = decayed(model, "vectors")
+    spared = {name: shape for name, shape in model.parameter_shapes.items() if not decays[name]}
+    zeros = {name: np.zeros(shape) for name, shape in spared.items()}
+    names = torch_names.to_torch(vssd.TORCH_TABLE, zeros)
+    golden = np.load(GOLDEN / "training_nano.npz")["no_decay"]
+    assert sorted(names) == sorted(golden)
+
+
+class _Odd(nnx.Module):
+    """Norms of several types, under names that do not say so."""
+
+    def __init__(self, rngs):
+        self.first = LayerNorm(4, precision=Precision())
+        self.second = nnx.List([BatchNorm(4, precision=Precision())])
+        self.third = nnx.GroupNorm(4, num_groups=2, rngs=nnx.Rngs(0))
+        self.norm = Linear(4, 4, precision=Precision(), rngs=rngs)
+        self.A_log = nnx.Param(jnp.zeros(3))
+
+
+def test_decay_of_detectors_spares_norms_under_any_name():
+    decays = decayed(SplitModel(_Odd), "norms")
+    assert {name for name, value in decays.items() if value} == {
+        "A_log", "norm.kernel", "norm.bias",
+    }  # fmt: skip
+    assert len(decays) == 9
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UserError, match="did you mean 'norms'"):
+        decayed(SplitModel(_Odd), "norm")
+    config = base_config()
+    config.schedule = "cosin"
+    with pytest.raises(UserError, match="did you mean 'cosine'"):
+        make_schedule(config, 10)

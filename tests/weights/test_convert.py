@@ -1,13 +1,11 @@
 """From a PyTorch checkpoint to a weights folder and back, in this process and by the command."""
 
-import json
 import os
 import random
 import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -15,22 +13,16 @@ import pytest
 import torch
 
 import vssd_jax
-from tests.golden import synthetic
-from tests.golden.inventories import load_inventory
+from tests.conftest import GOLDEN, ROOT
+from tests.weights.classifier_nano import NANO, assert_identical, state_dict
 from torch_reference import create_model as torch_model
 from vssd_jax.errors import UserError
 from vssd_jax.models import torch_names
 from vssd_jax.models.family import find
 from vssd_jax.weights.convert import convert
-from vssd_jax.weights.folder import read_arrays, read_folder
-from vssd_jax.weights.load import load, to_torch
-from vssd_jax.weights.recognise import recognise
+from vssd_jax.weights.folder import Weights, read_arrays, read_folder, write_folder
 from vssd_jax.weights.state import get_state
 from vssd_jax.weights.torch_file import read_torch_file, select_state_dict, write_torch_file
-
-ROOT = Path(__file__).parents[1]
-GOLDEN = ROOT / "tests/golden"
-NANO = GOLDEN / "checkpoints/classification_nano.pth"
 
 
 def command(*args, **environment):
@@ -41,18 +33,6 @@ def command(*args, **environment):
         capture_output=True,
         text=True,
     )
-
-
-def state_dict(name: str = "classification_nano") -> dict[str, np.ndarray]:
-    return synthetic.synthetic_state_dict(load_inventory(name))
-
-
-def assert_identical(arrays, expected):
-    assert arrays.keys() == expected.keys()
-    for name, array in arrays.items():
-        assert array.dtype == expected[name].dtype
-        assert array.shape == expected[name].shape
-        assert array.tobytes() == expected[name].tobytes(), name
 
 
 # There and back
@@ -123,76 +103,12 @@ def test_every_dtype_comes_back_bit_for_bit(dtype, tmp_path):
     np.testing.assert_array_equal(model.head.kernel[...], state["head.weight"].T.astype(np.float32))
 
 
-def test_batch_counters_that_differ_or_are_not_there(tmp_path):
-    counted = state_dict()
-    counted["patch_embed.conv1.norm.num_batches_tracked"] = np.array(7)
-    bare = {name: value for name, value in counted.items() if value.dtype != np.int64}
-    for i, state in enumerate((counted, bare)):
-        write_torch_file(tmp_path / f"{i}.pth", state)
-        convert(tmp_path / f"{i}.pth", tmp_path / f"{i}")
-        assert_identical(to_torch(load(tmp_path / f"{i}")), state)
-
-
 def test_weights_made_here_go_to_pytorch(tmp_path):
-    from vssd_jax.weights.folder import Weights, write_folder
-
     model = vssd_jax.create_model("vssd_nano", num_classes=3, seed=5)
     write_folder(tmp_path / "w", Weights("vssd_nano", 3, {}, get_state(model)))
     convert(tmp_path / "w", tmp_path / "w.pth", reverse=True)
     loaded = torch.load(tmp_path / "w.pth", weights_only=True)
     torch_model("vssd_nano", num_classes=3).load_state_dict(loaded, strict=True)
-
-
-@pytest.mark.parametrize("here", [True, False])
-def test_safetensors_with_either_names(here, tmp_path):
-    from safetensors.numpy import save_file
-
-    convert(NANO, tmp_path / "w", which="model")
-    path = tmp_path / "w/model.safetensors"
-    if not here:
-        path = tmp_path / "torch.safetensors"
-        save_file(state_dict(), path)
-    loaded = load(path)
-    assert (loaded.model, loaded.num_classes) == ("vssd_nano", 10)
-    assert_identical(loaded.params, read_arrays(tmp_path / "w/model.safetensors"))
-
-
-# Recognition
-
-
-@pytest.mark.parametrize("name", ["nano", "micro", "tiny", "small", "base"])
-def test_classifiers_are_recognised(name):
-    tensors = {
-        key: np.broadcast_to(np.float32(0), shape)
-        for key, (shape, _) in load_inventory(f"classification_{name}").items()
-    }
-    assert recognise(tensors, None, {}) == (f"vssd_{name}", 10 if name == "nano" else 1000, {})
-
-
-@pytest.mark.parametrize(
-    ("name", "given", "told"),
-    [
-        ("simple", {}, {"stem": "patch", "downsample": "patch"}),
-        ("expand1", {}, {"expand": 1}),
-        ("groups", {}, {"ngroups": 2, "num_heads": (2, 4, 4, 8)}),
-        ("groups", {"ngroups": 1}, {"d_state": 32, "num_heads": (2, 4, 4, 8), "ngroups": 1}),
-        ("all_ssd", {}, {"mixers": ("ncssd",) * 4}),
-        ("all_attention", {}, {"mixers": ("attention",) * 4}),
-        ("causal", {}, {}),
-        (
-            "bidirectional",
-            {"mixers": ("bissd", "bissd", "bissd", "attention"), "ngroups": 2,
-             "num_heads": (2, 4, 4, 8)},
-            {"mixers": ("bissd", "bissd", "bissd", "attention"), "ngroups": 2,
-             "num_heads": (2, 4, 4, 8)},
-        ),
-    ],
-)  # fmt: skip
-def test_ablations_are_recognised(name, given, told, tmp_path):
-    write_torch_file(tmp_path / "a.pth", state_dict(f"nano_{name}"))
-    loaded = load(tmp_path / "a.pth", overrides=given)
-    assert (loaded.model, loaded.num_classes) == ("vssd_nano", 10)
-    assert loaded.overrides == told
 
 
 @pytest.mark.parametrize(
@@ -294,35 +210,6 @@ def test_damaged_files_end_in_one_line(tmp_path):
     assert refused > 100
 
 
-def test_damaged_folders(tmp_path):
-    convert(NANO, tmp_path / "w")
-    config, arrays = tmp_path / "w/config.json", tmp_path / "w/model.safetensors"
-    good_config, good_arrays = config.read_text(), arrays.read_bytes()
-    fields = json.loads(good_config)
-    for text in (
-        "", "{", "[]", "3", "{}", json.dumps(fields | {"model": 3}),
-        json.dumps(fields | {"model": "resnet"}), json.dumps(fields | {"num_classes": 11}),
-        json.dumps(fields | {"num_classes": "ten"}), json.dumps(fields | {"overrides": [1]}),
-        json.dumps(fields | {"overrides": {"expand": 1}}),
-        json.dumps(fields | {"overrides": {"expand": "two"}}),
-        json.dumps(fields | {"overrides": {"embed_dim": 1.5}}),
-        json.dumps(fields | {"overrides": {"depths": [1, 2, 1, "x"]}}),
-        json.dumps(fields | {"model": "vssd_micro"}),
-    ):  # fmt: skip
-        config.write_text(text)
-        with pytest.raises(UserError) as error:
-            load(tmp_path / "w")
-        assert "\n" not in str(error.value)
-    config.write_text(good_config)
-    for cut in (0, 4, 100, len(good_arrays) // 2, len(good_arrays) - 1):
-        arrays.write_bytes(good_arrays[:cut])
-        with pytest.raises(UserError, match="cannot be read"):
-            load(tmp_path / "w")
-    arrays.unlink()
-    with pytest.raises(UserError):
-        load(tmp_path / "w")
-
-
 def test_an_output_that_exists_is_left_alone(tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w/mine.txt").write_text("mine")
@@ -332,16 +219,6 @@ def test_an_output_that_exists_is_left_alone(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="cannot be written"):
         convert(NANO, tmp_path / "file/w")
-
-
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("safetensors.numpy.save_file", fail)
-    with pytest.raises(UserError, match="No space left"):
-        convert(NANO, tmp_path / "w")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_entries_of_the_archive_removed(tmp_path):

@@ -1,0 +1,86 @@
+"""What surrounds the steps of training, around steps that compute nothing."""
+
+import itertools
+import os
+import signal
+
+import pytest
+
+from vssd_jax.errors import UserError
+from vssd_jax.training.metrics import read_metrics
+from vssd_jax.training.plan import Plan
+from vssd_jax.training.run import StopSignal, open_run
+
+PLAN = Plan(
+    steps_per_epoch=3, total=4, batch_size=2, log_every=2, eval_every=3, save_every=None,
+    profiled=range(0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_the_handlers_are_put_back(number):
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with StopSignal() as stop:
+        assert not stop.before(1)
+        os.kill(os.getpid(), number)
+        assert stop.before(2)
+        assert stop.before(3)
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with StopSignal():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended == []
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended == [128 + signal.SIGTERM]
+
+
+def opened(workdir, max_nonfinite=3):
+    config = {"max_nonfinite": max_nonfinite}
+    return open_run(workdir, config, PLAN, best_metric="val/score", checkpoint_bytes=0)
+
+
+def test_steps_to_the_end_with_the_means_since_the_last_log(tmp_path, capsys):
+    with opened(tmp_path) as run:
+        assert (run.start, run.results) == (0, {})
+        seen = []
+        for step, batch in run.steps(itertools.count(10)):
+            seen.append((step, batch))
+            run.done(step, {"loss": float(step)})
+            if PLAN.logs(step):
+                run.log(0.1, 0)
+        assert seen == [(1, 10), (2, 11), (3, 12), (4, 13)]
+        run.evaluate(lambda arrays: arrays, {"val/score": 0.5})
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 4]
+    assert [line["train/loss"] for line in lines[:2]] == [1.5, 3.5]
+    assert all(line["train/images_per_second"] > 0 for line in lines[:2])
+    assert lines[2]["val/score"] == 0.5
+
+
+def test_a_signal_ends_the_steps(tmp_path, capsys):
+    with opened(tmp_path) as run:
+        for step, _ in run.steps(itertools.count()):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            run.done(step, {"loss": 0.0})
+        assert run.stopping
+        assert step == 2
+        run.finish({})
+    assert "is saved at step 2 of 4; the same command resumes" in capsys.readouterr().out
+
+
+def test_steps_that_are_not_finite_end_the_run(tmp_path):
+    with opened(tmp_path) as run:
+        steps = run.steps(itertools.count())
+        for nonfinite in (1, 2, 3):
+            step, _ = next(steps)
+            run.done(step, {"loss": float("nan")})
+            if nonfinite < 3:
+                run.log(0.1, nonfinite)
+        with pytest.raises(UserError, match="not finite in the last 3 steps, at step 3 with"):
+            run.log(0.1, 3)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
