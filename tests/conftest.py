@@ -38,7 +38,7 @@ def pytest_configure(config):
         os.environ["JAX_PLATFORMS"] = "cpu"
         # Shapes in annotations are checked whenever a function of these packages is called; not on
         # a GPU, where Triton compiles functions from their source.
-        install_import_hook(["vssd_jax.kernels", "vssd_jax.models"], "beartype.beartype")
+        install_import_hook(["vssd_jax.kernels", "vssd_jax.models"], "tests.shapes.check")
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ FAMILY = register(
         torch_table=TORCH_TABLE,
         recognise=recognise,
         recognise_backbone=recognise_backbone,
-        telling=("width", "depth"),
+        variant_fields=("width", "depth"),
     )
 )
 

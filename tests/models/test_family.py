@@ -38,7 +38,7 @@ class Module(nnx.Module):
 TOY = Family(
     prefix="toy_", variants={"small": lambda: Outer(Inner()), "wide": lambda: Outer(Inner(8))},
     module=Module, num_classes=None, classifier=("head.",), torch_table=(),
-    recognise=lambda shapes, known, given: None, telling=(),
+    recognise=lambda shapes, known, given: None, variant_fields=(),
 )  # fmt: skip
 
 

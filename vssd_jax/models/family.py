@@ -199,7 +199,7 @@ class Family:
       classifier: how the names of the parameters start whose shapes follow num_classes.
       torch_table: PyTorch's names of the parameters.
       recognise: finds out whether a PyTorch state dict is one of these models, and its config.
-      telling: the fields whose values distinguish the variants.
+      variant_fields: the fields whose values distinguish the variants.
       recognise_backbone: the same for the model as a part of another, if it can be a backbone.
       training_fields: the config's fields that affect training alone.
       backbone: the family of classifiers whose weights may start the backbone, if there is one.
@@ -212,7 +212,7 @@ class Family:
     classifier: tuple[str, ...]
     torch_table: Table
     recognise: Recogniser
-    telling: tuple[str, ...]
+    variant_fields: tuple[str, ...]
     recognise_backbone: BackboneRecogniser | None = None
     training_fields: tuple[str, ...] = ()
     backbone: "Family | None" = None
@@ -271,7 +271,7 @@ class Head:
                 *self.torch_table,
             ),
             recognise=recognise,
-            telling=backbone.telling,
+            variant_fields=backbone.variant_fields,
             training_fields=(*backbone.training_fields, *self.training_fields),
             backbone=backbone,
         )

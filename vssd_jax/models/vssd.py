@@ -625,7 +625,7 @@ FAMILY = register(
         torch_table=TORCH_TABLE,
         recognise=_recognise,
         recognise_backbone=recognise_backbone,
-        telling=("embed_dim", "depths"),
+        variant_fields=("embed_dim", "depths"),
         training_fields=("drop_path",),
     )
 )

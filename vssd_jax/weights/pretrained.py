@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from vssd_jax.distributed import say
+from vssd_jax.errors import UserError
 from vssd_jax.models import family
 from vssd_jax.models.family import Model
 from vssd_jax.weights.load import load
@@ -40,6 +41,8 @@ def pretrained_weights(
             for key, value in loaded.params.items()
             if f"backbone.{key}" in expected
         }
+        if not params:
+            raise UserError(f"{source}: none of its tensors has a place in the backbone of {name}")
         fresh = [key for key in expected if key not in params]
         say(f"{source} is a classifier: all but the backbone starts fresh")
     elif loaded.num_classes != cast(Model, model).num_classes:

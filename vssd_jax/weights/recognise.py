@@ -30,7 +30,7 @@ def recognise(
     """
     shapes = TensorShapes(tensors)
     of_family, recognised = _find_family(shapes, overrides)
-    seen = {field: recognised.fields[field] for field in of_family.telling}
+    seen = {field: recognised.fields[field] for field in of_family.variant_fields}
     alike = [
         of_family.prefix + variant
         for variant, make in of_family.variants.items()
