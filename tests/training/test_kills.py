@@ -20,7 +20,7 @@ from tests.training.test_loop import small_config
 def get_config(arg=None):
     return small_config({data_dir!r}, epochs={epochs})
 """
-EPOCHS, EPOCH, KILLS = 20, 11, 20
+EPOCHS, EPOCH, KILLS = 40, 11, 20
 
 
 def start(folder, name):
