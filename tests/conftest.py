@@ -9,6 +9,8 @@ import tempfile
 import pytest
 from jaxtyping import install_import_hook
 
+import tests.shapes  # noqa: F401 - the import hook takes it by name
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ:
     # Runs that resume or repeat compile once; workers and subprocesses share the folder.
