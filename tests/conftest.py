@@ -38,9 +38,11 @@ def pytest_configure(config):
             pytest.exit("`pytest -m gpu` needs a GPU that JAX finds", returncode=2)
     else:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        # Shapes in annotations are checked whenever a function of these packages is called; not on
-        # a GPU, where Triton compiles functions from their source.
-        install_import_hook(["vssd_jax.kernels", "vssd_jax.models"], "tests.shapes.check")
+        # Shapes in annotations are checked whenever these functions are called; not on a GPU, where
+        # Triton compiles functions from their source.
+        operations = [path.parent.name for path in (ROOT / "vssd_jax/kernels").glob("*/api.py")]
+        public = [f"vssd_jax.kernels.{operation}.api" for operation in operations]
+        install_import_hook([*public, "vssd_jax.models"], "tests.shapes.check")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Parameters and statistics are float32 whatever the compute dtype; so are norms. 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -47,26 +48,35 @@ def _generator(key: jax.Array) -> np.random.Generator | None:
     return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
+def _draw_uniform(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: jax.typing.DTypeLike,
+    *,
+    low: float,
+    high: float,
+) -> jax.Array:
+    if (generator := _generator(key)) is None:
+        return jax.random.uniform(key, shape, dtype, low, high)
+    return jnp.asarray(generator.uniform(low, high, shape), dtype)
+
+
 def uniform(low: float, high: float) -> Initializer:
     """An initialiser, U(low, high)."""
+    return functools.partial(_draw_uniform, low=low, high=high)
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
-        if (generator := _generator(key)) is None:
-            return jax.random.uniform(key, shape, dtype, low, high)
-        return jnp.asarray(generator.uniform(low, high, shape), dtype)
 
-    return init
+def _draw_normal(
+    key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *, std: float
+) -> jax.Array:
+    if (generator := _generator(key)) is None:
+        return std * jax.random.normal(key, shape, dtype)
+    return jnp.asarray(generator.normal(0, std, shape), dtype)
 
 
 def normal(std: float) -> Initializer:
     """An initialiser, N(0, std^2)."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
-        if (generator := _generator(key)) is None:
-            return std * jax.random.normal(key, shape, dtype)
-        return jnp.asarray(generator.normal(0, std, shape), dtype)
-
-    return init
+    return functools.partial(_draw_normal, std=std)
 
 
 def torch_uniform(fan_in: int) -> Initializer:
