@@ -243,6 +243,7 @@ train(make_task(config), config, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one(tmp_path, data_dir):
     # The eight split the parameters too: {"data": 2, "fsdp": 4}.
     workdirs = [tmp_path / str(devices) for devices in (1, 8)]
