@@ -66,7 +66,7 @@ def test_a_cpu_takes_plain_jax_and_says_nothing(messages):
 
 def test_an_unknown_name_is_refused_by_the_model_too():
     with pytest.raises(UserError, match="unknown implementation 'xlaa'; did you mean 'xla'"):
-        VSSD(None, implementation="xlaa", rngs=None)
+        VSSD(VSSDConfig.nano(), implementation="xlaa", rngs=nnx.Rngs(0))
     with pytest.raises(UserError, match=r"choose from xla, .*pallas.*triton"):
         dispatch.check_name("?")
 

@@ -76,9 +76,9 @@ def test_unknown_names(name, message):
 
 def test_fields_of_the_config_and_of_its_backbone():
     config = make_config("toy_small", width=6, rate=1, depth=5, sizes=[3])
-    assert config == Outer(Inner(6, 1, [3]), depth=5)
+    assert config == Outer(Inner(6, 1, (3,)), depth=5)
     assert architecture(config) == {
-        "num_classes": 3, "depth": 5, "width": 6, "rate": 1, "sizes": [3],
+        "num_classes": 3, "depth": 5, "width": 6, "rate": 1, "sizes": (3,),
     }  # fmt: skip
 
 
