@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
 from flax import nnx
 
 from vssd_jax.models.family import abstract
@@ -55,7 +56,9 @@ class SplitModel:
         params, batch_stats = self._arrays(self._build(nnx.Rngs(params=key)))
         return params, batch_stats
 
-    def merge(self, arrays: Mapping[str, jax.Array], *, training: bool) -> nnx.Module:
+    def merge(
+        self, arrays: Mapping[str, jax.Array | np.ndarray], *, training: bool
+    ) -> nnx.Module:
         """The module with these parameters and statistics."""
         states = [
             jax.tree.unflatten(structure, [arrays[name] for name in names])
