@@ -1,5 +1,7 @@
 """Every test runs on the CPU, but those marked `gpu`; none needs a network."""
 
+import contextlib
+import ctypes
 import gc
 import os
 import pathlib
@@ -61,3 +63,5 @@ def _free_programs():
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
+        with contextlib.suppress(AttributeError, OSError):  # no malloc_trim outside of glibc
+            ctypes.CDLL(None).malloc_trim(0)

@@ -14,7 +14,7 @@ from vssd_jax.models.split import SplitModel
 def test_batch_norm_keeps_pytorchs_statistics(x64):
     x = np.random.default_rng(0).normal(2, 3, (4, 5, 3, 2))
     norm = BatchNorm(2, precision=Precision(jnp.float64))
-    y = norm(x)
+    y = norm(jnp.asarray(x))
     np.testing.assert_allclose(np.mean(y, (0, 1, 2)), 0, atol=1e-12)
     np.testing.assert_allclose(norm.mean[...], 0.1 * x.mean((0, 1, 2)))
     np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1))
@@ -22,12 +22,13 @@ def test_batch_norm_keeps_pytorchs_statistics(x64):
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     drop = DropPath(0.3)
-    weights = np.asarray(drop(4000, nnx.Rngs(dropout=0)))
+    scale = np.asarray(drop(4000, nnx.Rngs(dropout=0)))
     x, branch = jnp.ones((4000, 2, 2)), jnp.full((4000, 2, 2), 3.0)
-    expected = np.broadcast_to((1 + 3 * weights)[:, None, None], x.shape)
-    np.testing.assert_allclose(add_branch(x, branch, weights), expected, rtol=1e-6)
-    kept = weights > 0
-    np.testing.assert_allclose(weights[kept], 1 / 0.7, rtol=1e-6)
+    expected = np.broadcast_to((1 + 3 * scale)[:, None, None], x.shape)
+    scaled = add_branch(x, branch, jnp.asarray(scale))
+    np.testing.assert_allclose(scaled, expected, rtol=1e-6)
+    kept = scale > 0
+    np.testing.assert_allclose(scale[kept], 1 / 0.7, rtol=1e-6)
     assert abs(kept.mean() - 0.7) < 3 * (0.3 * 0.7 / 4000) ** 0.5
     with pytest.raises(ValueError, match="rngs"):
         drop(1, None)

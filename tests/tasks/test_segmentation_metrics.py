@@ -112,7 +112,7 @@ def test_loss_is_mmsegmentations():
         target = torch.tensor(labels.astype(np.int64))
         losses = torch.nn.functional.cross_entropy(x, target, ignore_index=255, reduction="none")
         parts.append(float(losses.mean()))
-    loss, got = metrics.segmentation_loss(logits, labels)
+    loss, got = metrics.segmentation_loss(tuple(map(jnp.asarray, logits)), jnp.asarray(labels))
     assert float(loss) == pytest.approx(parts[0] + 0.4 * parts[1], rel=1e-5)
     assert float(got["decode"]) == pytest.approx(parts[0], rel=1e-5)
     assert float(got["auxiliary"]) == pytest.approx(parts[1], rel=1e-5)

@@ -32,7 +32,7 @@ def test_pyramid_in_chunks_equals_each_level_alone(monkeypatch):
     maps = [rng.standard_normal((2, *shape, 3)).astype(np.float32) for shape in shapes]
     boxes = np.stack([random_boxes(rng, 40, size=150), random_boxes(rng, 40, size=150)])
     boxes[:, :4] = [[-9, 0, 900, 90], [0, 0, 150, 100], [20, 9, 140, 98], [-99, -99, 999, 999]]
-    level = np.asarray(region_levels(boxes, 4))
+    level = np.asarray(region_levels(jnp.asarray(boxes), 4))
     assert set(level.ravel()) == {0, 1, 2, 3}
     monkeypatch.setattr("vssd_jax.models.detection.roi_align._CHUNK_BYTES", 20000)
     result = jax.jit(pyramid_roi_align, static_argnums=(1, 3))(maps, strides, boxes, 3)
@@ -61,5 +61,5 @@ def test_roi_align_gradient_is_the_transposed_map():
 
 def test_region_levels():
     sides = np.array([0, 10, 111, 113, 223, 225, 447, 449, 5000], np.float32)
-    boxes = np.stack([0 * sides, 0 * sides, sides, sides], axis=1)
+    boxes = jnp.asarray(np.stack([0 * sides, 0 * sides, sides, sides], axis=1))
     np.testing.assert_array_equal(region_levels(boxes, 4), [0, 0, 0, 1, 1, 2, 2, 3, 3])
