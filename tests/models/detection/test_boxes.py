@@ -10,7 +10,7 @@ def test_deltas_round_trip_and_clip():
     rng = np.random.default_rng(0)
     corners = rng.uniform(0, 20, (2, 20, 2))
     sizes = rng.uniform(5, 40, (2, 20, 2))
-    a, b = np.concatenate([corners, corners + sizes], axis=-1).astype(np.float32)
+    a, b = jnp.asarray(np.concatenate([corners, corners + sizes], axis=-1), jnp.float32)
     stds = (0.1, 0.1, 0.2, 0.2)
     deltas = box_ops.encode(a, b, stds)
     np.testing.assert_allclose(box_ops.decode(a, deltas, stds=stds), b, atol=1e-4)
