@@ -19,6 +19,7 @@ from tests.training.test_loop import small_config
 def get_config(arg=None):
     config = small_config({data_dir!r})
     config.update(steps={steps}, eval_batch_size=120, dtype="float64", mesa=0.0)
+    config.model_options.update(stem="patch", downsample="patch", depths=(1, 0, 0, 1))
     config.eval_every_epochs = 1
     return config
 """
