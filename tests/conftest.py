@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
-# LLVM's optimisations take a third of the time and change little for models this small; the slow
+# LLVM's optimisations take a quarter of the time and change little for models this small; the slow
 # tests, of the real models, run as users do.
 FAST_COMPILATION = "--xla_backend_optimization_level=0"
 
