@@ -20,9 +20,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
-# LLVM's optimisations take a quarter of the time and change little for models this small; the slow
-# tests, of the real models, run as users do.
-FAST_COMPILATION = "--xla_backend_optimization_level=0"
+# LLVM's optimisations and XLA's fusion emitters take two fifths of the time and change little for
+# models this small; the slow tests, of the real models, run as users do.
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parents[1]

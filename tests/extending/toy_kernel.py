@@ -19,6 +19,7 @@ def supports(*, groups, **arguments):
 
 
 def nc_ssd_gated(*, xbc, token_weights, d, z, scale, bias, inner, groups, epsilon, silu):
+    print("NC-SSD by all pairs of tokens")  # at each compilation
     xbc = jax.nn.silu(xbc) if silu else xbc
     head_dim = inner // token_weights.shape[-1]
     x, b, c = jnp.split(xbc, (inner, (inner + xbc.shape[-1]) // 2), axis=-1)

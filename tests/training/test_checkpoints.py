@@ -63,11 +63,11 @@ def killed_at_every_operation(folder):
     print(faults.faults_stop())
 
 
-def failed_at_operation(folder):
+def failed_at_operation(folder, stride):
     """Saves twice on a disk that fails from some operation of the first on, for many of them."""
     faults = ctypes.CDLL(None)
     for code in (errno.ENOSPC, errno.EROFS, errno.EIO):
-        for number in range(0, 130, 13):
+        for number in range(0, 130, int(stride)):
             workdir = folder / f"{code}-{number}"
             save(workdir, (1, 2))
             try:
@@ -86,12 +86,14 @@ def failed_at_operation(folder):
             print(step)
 
 
-def test_a_kill_at_every_file_operation_of_a_save(tmp_path, preloaded):
+# The everyday suite tries every fifth of a hundred operations, which take a second each.
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_at_every_file_operation_of_a_save(tmp_path, preloaded, stride):
     (tmp_path / "copies").mkdir()
     (count,) = preloaded("killed_at_every_operation", tmp_path)
     assert int(count) > 50
     steps = []
-    for number in range(int(count)):
+    for number in range(0, int(count), stride):
         workdir = tmp_path / "copies" / str(number)
         steps.append(restored_step(workdir))
         if number % 20 == 0:  # and it goes on from there
@@ -103,11 +105,12 @@ def test_a_kill_at_every_file_operation_of_a_save(tmp_path, preloaded):
     assert restored_step(tmp_path / "run") == 4
 
 
-def test_a_full_or_broken_disk_leaves_the_older_checkpoint(tmp_path, preloaded):
-    steps = preloaded("failed_at_operation", tmp_path)
-    assert len(steps) == 30
+@pytest.mark.parametrize("stride", [43, pytest.param(13, marks=pytest.mark.slow)])
+def test_a_full_or_broken_disk_leaves_the_older_checkpoint(tmp_path, preloaded, stride):
+    steps = preloaded("failed_at_operation", tmp_path, str(stride))
+    assert len(steps) == 3 * len(range(0, 130, stride))
     assert set(steps) == {"2", "3"}
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](pathlib.Path(sys.argv[2]))
+    globals()[sys.argv[1]](pathlib.Path(sys.argv[2]), *sys.argv[3:])

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import FAST_COMPILATION, ROOT
 from vssd_jax.training.metrics import read_metrics
 
 CONFIG = """
@@ -19,7 +19,6 @@ from tests.training.test_loop import small_config
 def get_config(arg=None):
     config = small_config({data_dir!r})
     config.update(steps={steps}, eval_batch_size=120, dtype="float64", mesa=0.0)
-    config.model_options.update(stem="patch", downsample="patch", depths=(1, 0, 0, 1))
     config.eval_every_epochs = 1
     return config
 """
@@ -30,8 +29,7 @@ def start(folder, workdir, processes, devices=1):
     """The processes of a run, whose config and data are in `folder`."""
     config = folder / "config.py"
     config.write_text(CONFIG.format(data_dir=str(folder / "data"), steps=STEPS))
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    flags += " --xla_backend_optimization_level=0"  # compiles faster
+    flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILATION}"
     command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}"]
     if processes > 1:
         with socket.socket() as free:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tests.conftest import ROOT
+from tests.conftest import FAST_COMPILATION, ROOT
 from tests.data.pictures import jpeg
 from tests.data.test_prepare_imagenet import run_prepare
 from vssd_jax.data.classification_transforms import TrainTransform
@@ -152,7 +152,8 @@ from configs.tiny import get_config as tiny
 def get_config():
     config = tiny("mesa")
     config.model_options = dict(
-        embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), d_state=8, drop_path=0.1
+        embed_dim=8, depths=(1, 0, 0, 1), num_heads=(1, 1, 2, 2), d_state=8, drop_path=0.1,
+        stem="patch", downsample="patch",  # compile fast
     )
     config.update(
         dtype="float32", image_size=32, num_workers=1, batch_size=64, eval_batch_size=8, steps=30,
@@ -178,7 +179,7 @@ def run_train(folder, workdir, data_dir, *options):
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
+            "XLA_FLAGS": FAST_COMPILATION,
         },
         capture_output=True,
         text=True,
