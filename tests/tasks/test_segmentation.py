@@ -29,8 +29,7 @@ from vssd_jax.weights.state import get_state
 
 STEPS = 20
 OPTIONS = {  # what compiles fast
-    "embed_dim": 8, "depths": (1, 0, 0, 1), "num_heads": (1, 1, 2, 2), "d_state": 8,
-    "stem": "patch", "downsample": "patch",
+    "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "d_state": 8,
     "mixers": ("ncssd", "attention", "attention", "attention"),
     "channels": 8, "aux_channels": 8, "pool_scales": (1, 2),
 }  # fmt: skip
