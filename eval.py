@@ -8,11 +8,9 @@ training run, of which it takes the averaged weights of the latest checkpoint. T
 the output is JSON.
 """
 
-import json
-
 from absl import flags
 
-from vssd_jax import cli
+from vssd_jax import cli, strict_json
 from vssd_jax.errors import UserError
 
 cli.define_config()
@@ -30,6 +28,7 @@ def main() -> None:
     cli.join_processes()
     if WEIGHTS.value is None:
         raise UserError("--weights is missing; see --help")
+    from vssd_jax.distributed import say
     from vssd_jax.host import prepare_cpu
     from vssd_jax.inference.evaluation import evaluate_weights
 
@@ -41,7 +40,7 @@ def main() -> None:
         tta=TTA.value,
         save_predictions=SAVE.value,
     )
-    print(json.dumps(results))
+    say(strict_json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -56,12 +56,25 @@ def x64():
         yield
 
 
+# Bytes of a worker from which on it frees the compiled programs of a file that is done.
+_MUCH_MEMORY = 2.5e9
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _free_programs():
-    """Compiled programs of one file are of no use to the next, and take gigabytes together."""
+    """Compiled programs take gigabytes together; small ones are of use to the next file too."""
     yield
-    if "jax" in sys.modules:
+    if "jax" in sys.modules and _resident() > _MUCH_MEMORY:
         sys.modules["jax"].clear_caches()
         gc.collect()
         with contextlib.suppress(AttributeError, OSError):  # no malloc_trim outside of glibc
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident():
+    """Bytes of memory in use; infinite where that is not known."""
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return float("inf")
+    return pages * os.sysconf("SC_PAGE_SIZE")

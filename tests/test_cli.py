@@ -37,6 +37,16 @@ def command(*arguments, **options):
             ["train.py", "--config", "configs/mask_rcnn.py:tiny,1x", "--config.data_dir=/nowhere"],
             "there is no folder /nowhere",
         ),
+        (["train.py", "--config", "configs/digits.py", "--config.steps=0"], "steps=0 must be"),
+        (
+            ["train.py", "--config", "configs/digits.py", "--config.batch_size=None"],
+            "config.batch_size cannot be None",
+        ),
+        (
+            ["train.py", "--config", "configs/upernet.py", "--config.steps=None",
+             "--config.epochs=0"],
+            "config.epochs=0 must be",
+        ),
         (["eval.py", "--config", "configs/digits.py"], "--weights is missing"),
         (["eval.py", "--config", "configs/digits.py", "--weights", "nowhere"], "nowhere"),
     ],

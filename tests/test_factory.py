@@ -99,6 +99,12 @@ def test_dtype_and_overrides():
         ("vssd_nano", {"ngroups": 0}, "vssd_nano: "),
         ("vssd_nano", {"depths": 4}, "vssd_nano: "),
         ("vssd_nano", {"weights": "nowhere"}, "nowhere"),
+        ("vssd_nano", {"weights": "https://a.b/c.pth"}, "download the file first"),
+        ("vssd_nano", {"num_classes": -1}, "num_classes=-1 must be a whole number of at least 0"),
+        ("vssd_nano", {"num_classes": "10"}, "num_classes='10' must be a whole number"),
+        ("vssd_nano", {"num_classes": 2.0}, "num_classes=2.0 must be a whole number"),
+        ("upernet_vssd_nano", {"num_classes": 0}, "must be a whole number of at least 1"),
+        ("vssd_nano", {"dtype": "int8"}, "dtype='int8' must be float32 or bfloat16"),
         ("vssd_nano", {"weights": "hf://nowhere"}, "hf://owner/repo/file"),
     ],
 )
@@ -116,6 +122,24 @@ def folder(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "nano"
     write_folder(path, Weights("vssd_nano", 10, {}, get_state(model)))
     return path
+
+
+def test_no_classes_are_pooled_features(model, folder):
+    features = nnx.jit(lambda model, images: model(images))
+    filled = features(vssd_jax.create_model("vssd_nano", weights=folder, num_classes=0), IMAGES)
+    assert filled.shape == (len(IMAGES), model.head.kernel.shape[0])
+    np.testing.assert_allclose(
+        np.asarray(filled) @ model.head.kernel[...] + model.head.bias[...], logits(model), atol=1e-5
+    )
+    fresh = vssd_jax.create_model("vssd_nano", num_classes=0)
+    assert not any(name.startswith("head") for name in get_state(fresh))
+    assert features(fresh, IMAGES).shape == filled.shape
+
+
+def test_empty_images_are_refused(model):
+    for shape in ((0, 32, 32, 3), (1, 0, 32, 3)):
+        with pytest.raises(ValueError, match="must not be empty"):
+            model(jnp.zeros(shape))
 
 
 def test_weights_fill_the_model(model, folder):

@@ -87,6 +87,9 @@ def run(main: Callable[[], None]) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         # --some-flag is --some_flag; what follows a dot or an equals sign stays as it is.
+        # ml_collections reads no None for a field of another type.
+        none = [m[1] for a in argv if (m := re.fullmatch(r"--config\.(\w+)=None", a))]
+        argv = [a for a in argv if not re.fullmatch(r"--config\.\w+=None", a)]
         argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
         try:
             rest = flags.FLAGS(argv)
@@ -101,6 +104,8 @@ def run(main: Callable[[], None]) -> None:
             _fail(f"the config cannot be loaded: {str(error).splitlines()[-1]}")
         except SyntaxError as error:
             _fail(f"the config is not a Python file: {error}")
+        for field in none:
+            _clear(field)
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}; options are --name=value")
         return rest
@@ -130,6 +135,18 @@ def run(main: Callable[[], None]) -> None:
         _fail(message)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _clear(name: str) -> None:
+    """Sets a field of the config to None."""
+    from vssd_jax.config import OPTIONAL
+
+    config = flags.FLAGS.config
+    if config is None or name not in config:
+        _fail(f"the config has no field {name!r}")
+    if name not in OPTIONAL:
+        _fail(f"config.{name} cannot be None")
+    config[name] = None
 
 
 def _fail(message: str) -> NoReturn:

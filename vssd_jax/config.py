@@ -1,6 +1,12 @@
 """The fields that every run has, with their defaults; configs/ fills in the rest."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import ml_collections
+
+from vssd_jax.errors import UserError
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -157,6 +163,111 @@ def imagenet_config() -> ml_collections.ConfigDict:
     return config
 
 
+# --- Checks -------------------------------------------------------------------------------------
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _count(value: Any) -> bool:
+    return _whole(value) and value >= 1
+
+
+def _share(value: Any) -> bool:
+    return _number(value) and 0 <= value <= 1
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
+
+
+def _one_of(*choices: str) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {', '.join(choices)}", lambda value: value in choices
+
+
+_AT_LEAST_1 = ("a whole number of at least 1", _count)
+_NOT_NEGATIVE = ("0 or more", lambda value: _number(value) and value >= 0)
+_WHOLE_NOT_NEGATIVE = ("a whole number of 0 or more", lambda value: _whole(value) and value >= 0)
+_POSITIVE = ("greater than 0", lambda value: _number(value) and value > 0)
+_SHARE = ("from 0 to 1", _share)
+_BELOW_1 = ("0 or more and less than 1", lambda value: _share(value) and value < 1)
+_SIZE = ("a height and a width of at least 1", lambda v: _pair(v) and all(map(_count, v)))
+
+# Field -> what is allowed, in words and as a test.
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        (
+            "num_classes", "image_size", "batch_size", "eval_batch_size", "accumulate", "epochs",
+            "steps", "learning_rate_batch", "max_nonfinite", "eval_every_epochs",
+            "save_every_steps", "log_every_steps", "short_side", "long_side", "size_multiple",
+            "max_objects",
+        ),
+        _AT_LEAST_1,
+    ),
+    **dict.fromkeys(
+        ("seed", "num_workers", "warmup_steps", "mesa_start_epoch", "max_pictures"),
+        _WHOLE_NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(
+        (
+            "min_learning_rate", "warmup_learning_rate", "warmup_epochs", "weight_decay",
+            "clip_grad_norm", "mixup_alpha", "cutmix_alpha", "mesa",
+        ),
+        _NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(("learning_rate", "epsilon"), _POSITIVE),
+    **dict.fromkeys(("cutmix_probability", "max_unreadable", "flip"), _SHARE),
+    **dict.fromkeys(("ema_decay", "label_smoothing"), _BELOW_1),
+    "max_class_share": ("greater than 0 and at most 1", lambda v: _share(v) and v > 0),
+    "betas": ("two numbers from 0 to below 1", lambda v: _pair(v) and all(map(_BELOW_1[1], v))),
+    "image_shape": _SIZE,
+    "padded_shapes": ("one or more pairs of height and width", lambda v: v and all(
+        _SIZE[1](shape) for shape in v
+    )),
+    "short_sides": ("one or more lengths of at least 1", lambda v: v and all(map(_count, v))),
+    "scales": (
+        "two factors greater than 0, the smaller first",
+        lambda v: _pair(v) and all(map(_POSITIVE[1], v)) and v[0] <= v[1],
+    ),
+    "tta_ratios": (
+        "one or more factors greater than 0", lambda v: v and all(map(_POSITIVE[1], v))
+    ),
+    "decay_epochs": (
+        "growing numbers greater than 0",
+        lambda v: all(map(_POSITIVE[1], v)) and list(v) == sorted(set(v)),
+    ),
+    "dtype": _one_of("float32", "bfloat16", "float64"),
+    "schedule": _one_of("cosine", "linear", "steps"),
+    "no_decay": _one_of("vectors", "norms"),
+    "bad_annotations": _one_of("skip", "refuse"),
+}  # fmt: skip
+# Fields that may be None.
+OPTIONAL = frozenset(
+    (
+        "num_classes", "implementation", "steps", "learning_rate_batch", "warmup_steps",
+        "save_every_steps", "init_from", "cache_decoded",
+    )
+)  # fmt: skip
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises a UserError for the first field whose value cannot be used."""
+    for name, (words, allowed) in _ALLOWED.items():
+        if name not in config:
+            continue
+        value = config[name]
+        if value is None and name in OPTIONAL:
+            continue
+        if not allowed(value):
+            optional = ", or None" if name in OPTIONAL else ""
+            raise UserError(f"config.{name}={value!r} must be {words}{optional}")
+
+
 def total_steps(config: ml_collections.ConfigDict, steps_per_epoch: int) -> int:
     """Of the whole run: `config.steps`, or `config.epochs` in steps."""
-    return config.steps or config.epochs * steps_per_epoch
+    return config.epochs * steps_per_epoch if config.steps is None else config.steps

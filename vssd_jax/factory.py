@@ -1,5 +1,6 @@
 """Models by name: fresh, or with weights."""
 
+import numbers
 import os
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vssd_jax.errors import UserError
 from vssd_jax.models import family
 from vssd_jax.models.family import list_models
 from vssd_jax.weights.state import set_state
@@ -32,6 +34,7 @@ def create_model(
         `hf://owner/repo/file`; None leaves the initialisation of `seed`.
       num_classes: size of the classifier; the default is that of the weights, else the
         dataset's of the paper (1000). If it differs from the weights', the classifier stays fresh.
+        0 leaves the classifier out: the model gives the pooled features (B, C).
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       implementation: of the kernels: None (the best for the device), "xla", "pallas", "triton".
       seed: of the initialisation.
@@ -40,12 +43,14 @@ def create_model(
     Raises:
       UserError: unknown names and options, and weights that do not fit.
     """
+    _check_num_classes(name, num_classes)
     if weights is not None:
         from vssd_jax.weights.load import load
 
         loaded = load(weights, model=name, overrides=overrides)
         overrides = loaded.overrides | overrides
-        given, num_classes = num_classes, num_classes or loaded.num_classes
+        given = num_classes
+        num_classes = loaded.num_classes if num_classes is None else num_classes
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
         return family.build(
@@ -59,6 +64,11 @@ def create_model(
 
     if weights is None:
         model = make(nnx.Rngs(seed))
+    elif given == 0:
+        model = family.abstract(make)
+        classifier = family.find(name)[0].classifier
+        kept = {n: v for n, v in loaded.params.items() if not n.startswith(classifier)}
+        set_state(model, kept)
     elif given in (None, loaded.num_classes):
         model = family.abstract(make)
         set_state(model, loaded.params)
@@ -70,3 +80,12 @@ def create_model(
         )
     model.eval()
     return model
+
+
+def _check_num_classes(name: str, num_classes: Any) -> None:
+    least = 0 if family.find(name)[0].backbone is None else 1
+    whole = isinstance(num_classes, numbers.Integral) and not isinstance(num_classes, bool)
+    if num_classes is not None and (not whole or num_classes < least):
+        raise UserError(
+            f"{name}: num_classes={num_classes!r} must be a whole number of at least {least}"
+        )

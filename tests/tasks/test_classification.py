@@ -6,7 +6,7 @@ import pytest
 
 from configs.digits import get_config
 from vssd_jax.errors import UserError
-from vssd_jax.tasks.classification import Classification
+from vssd_jax.tasks.classification import Classification, label_rank
 
 # 20 classes; picture i is of class i, and its logits decide whether it is top-1, top-5 or neither.
 LOGITS = np.zeros((8, 20), np.float32)
@@ -43,6 +43,19 @@ def test_padding_and_unreadable_pictures_do_not_count():
         "val/unreadable": 1 / 4,
     }
     assert results == pytest.approx(expected)
+
+
+def test_equal_scores_are_no_win():
+    assert label_rank(jnp.zeros((2, 20)), jnp.array([0, 7])).tolist() == [19, 19]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_scores_that_are_not_finite_are_wrong_and_said(value, monkeypatch, capsys):
+    monkeypatch.setitem(globals(), "LOGITS", np.where(np.arange(20) == 0, value, LOGITS))
+    results = evaluate(Classification(get_config()), np.zeros(8), np.arange(8) < 3)
+    assert (results["val/top1"], results["val/top5"]) == (0, 0)
+    assert not np.isfinite(results["val/loss"])
+    assert "the scores of 6 of 6 pictures are not finite" in capsys.readouterr().out
 
 
 def test_too_many_unreadable_pictures_end_the_run():

@@ -17,7 +17,7 @@ CLASSES = 7
 
 
 def plain_confusion(predictions, labels, num_classes=CLASSES):
-    matrix = np.zeros((num_classes, num_classes), np.int64)
+    matrix = np.zeros((num_classes, num_classes + 1), np.int64)
     for row, column in zip(labels.ravel(), predictions.ravel(), strict=True):
         if row != 255:
             matrix[row, column] += 1
@@ -96,6 +96,24 @@ def _eight_devices():
     count = jax.jit(lambda a, b: metrics.confusion_matrix(a, b, CLASSES), out_shardings=whole)
     got = count(jax.device_put(predictions, split), jax.device_put(labels, split))
     np.testing.assert_array_equal(got, plain_confusion(predictions, labels))
+
+
+def test_equal_scores_and_such_that_are_not_finite_are_no_class():
+    logits = np.zeros((2, 2, 3, CLASSES), np.float32)  # equal in most places
+    logits[0, 0, 0, 2] = 1
+    logits[0, 0, 2, [1, 3]] = 1
+    logits[1, 1, 1] = np.nan
+    logits[1, :, :, 2] = 1
+    views, sizes = [(jnp.asarray(logits), (2, 3))], jnp.array([[2, 3], [2, 3]])
+    predicted = np.asarray(metrics.predict_labels(views, sizes, (2, 3)))
+    assert predicted[0].tolist() == [[2, 255, 255], [255, 255, 255]]
+    assert predicted[1, 1, 1] == 255
+    labels = np.full((1, 2, 3), 2)
+    confusion = np.asarray(metrics.confusion_matrix(predicted[:1], labels, CLASSES))
+    assert confusion[2, 2] == 1
+    assert confusion[2, -1] == 5
+    for number in ("pixel_accuracy", "miou"):
+        assert metrics.summarize_confusion(confusion)[number] == pytest.approx(1 / 6)
 
 
 def test_loss_is_mmsegmentations():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -123,6 +124,27 @@ def test_a_finished_run_is_not_repeated(run, capsys):
     for word in ("versions: python", "devices: 1 cpu", "mesh: data 1, fsdp 1", "head.kernel",
                  "memory per device: state", '"batch_size": 128'):  # fmt: skip
         assert word in printed
+
+
+def test_a_run_past_its_end_is_evaluated(run, tmp_path, capsys):
+    config, _, _, _ = run
+    config = config.copy_and_resolve_references()
+    config.steps = 5
+
+    class Stopping(Classification):
+        def train_batches(self, start_step):
+            for index, batch in enumerate(super().train_batches(start_step), start_step):
+                if index == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+    assert train(Stopping(config), config, tmp_path) == {}
+    config.steps = 1
+    results = train(make_task(config), config, tmp_path)
+    assert read_metrics(tmp_path)[-1]["val/top1"] == results["val/top1"]
+    printed = capsys.readouterr().out
+    assert "the config differs from this workdir's: steps was 5, is 1" in printed
+    assert "nothing was trained: the run was to end at step 1" in printed
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -273,7 +295,7 @@ def test_eight_devices_train_as_one(tmp_path, data_dir):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "batch_size=0 does not divide"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
         ({"accumulate": 3}, "use a multiple of 3"),
         ({"mesh": {"data": 3}}, "does not fit 1 devices"),
         ({"mesh": {"data": -1, "fsdp": 2}}, "does not fit 1 devices"),
@@ -282,7 +304,7 @@ def test_eight_devices_train_as_one(tmp_path, data_dir):
         ({"dataset": "digit"}, "did you mean 'digits'"),
         ({"task": "sorting"}, "unknown task"),
         ({"model": "vssd_nono"}, "did you mean 'vssd_nano'"),
-        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"schedule": "cosin"}, "one of cosine, linear, steps"),
     ],
 )
 def test_impossible_configs_are_refused(changes, message, data_dir, tmp_path):

@@ -50,3 +50,12 @@ def test_curves_of_metrics_with_different_steps(tmp_path):
         writer.plot()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.part*"))
+
+
+def test_what_is_not_finite_is_null_and_left_out_of_the_curves(tmp_path):
+    with contextlib.closing(MetricWriter(tmp_path, 0)) as writer:
+        for step, loss in enumerate((1.0, float("nan"), float("inf")), 1):
+            writer.write(step, {"train/loss": loss})
+        writer.plot()
+    assert [line["train/loss"] for line in read_metrics(tmp_path)] == [1.0, None, None]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()

@@ -84,3 +84,15 @@ def test_steps_that_are_not_finite_end_the_run(tmp_path):
         with pytest.raises(UserError, match="not finite in the last 3 steps, at step 3 with"):
             run.log(0.1, 3)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_means_are_over_the_finite_steps_with_their_number(tmp_path):
+    with opened(tmp_path) as run:
+        for step, _ in run.steps(itertools.count()):
+            run.done(step, {"loss": float("nan") if step == 2 else float(step), "norm": 1.0})
+        run.log(0.1, 0)
+    (line,) = read_metrics(tmp_path)
+    assert line["train/loss"] == pytest.approx((1 + 3 + 4) / 3)
+    assert line["train/loss_steps"] == 3
+    assert line["train/norm"] == 1
+    assert "train/norm_steps" not in line

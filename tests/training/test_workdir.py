@@ -15,9 +15,25 @@ def test_the_config_is_noted_and_a_difference_said(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     with claim(workdir, {"batch_size": 9, "seed": 0, "model": "m"}, checkpoint_bytes=0):
         pass
-    assert capsys.readouterr().out.endswith("differs from this workdir's in batch_size, seed\n")
+    assert capsys.readouterr().out.splitlines() == [
+        "the config differs from this workdir's: batch_size was 8, is 9",
+        "the config differs from this workdir's: seed was null, is 0",
+    ]
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == 9
-    assert {path.name for path in workdir.iterdir()} == {"config.json", "lock"}
+    assert {path.name for path in workdir.iterdir()} <= {"config.json", "lock", "lock.txt"}
+
+
+def test_an_error_of_other_files_is_not_the_folders(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match=r"dog\.jpg"),
+        claim(tmp_path / "run", {}, checkpoint_bytes=0),
+    ):
+        (tmp_path / "dog.jpg").read_bytes()
+    with (
+        pytest.raises(UserError, match="run cannot be written: No such file"),
+        claim(tmp_path / "run", {}, checkpoint_bytes=0),
+    ):
+        (tmp_path / "run/gone/metrics.jsonl").read_bytes()
 
 
 def test_one_claim_at_a_time(tmp_path):

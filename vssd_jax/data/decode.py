@@ -87,10 +87,10 @@ class DecodedSource:
         """Raises `UserError` where 100 pictures in a row (or all of them) cannot be read."""
         tries = min(len(self), MAX_CONSECUTIVE_UNREADABLE)
         for offset in range(tries):
-            record = self._source[(int(index) + offset) % len(self)]
             try:
+                record = self._source[(int(index) + offset) % len(self)]
                 image = decode(record["image"])
-            except UnreadableImage as error:
+            except (UnreadableImage, OSError) as error:
                 reason = error
                 continue
             return {

@@ -31,17 +31,20 @@ def overlay(image: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Im
 
     Args:
       image: (H, W, 3) uint8 RGB.
-      labels: (H, W) integers, the predicted classes.
+      labels: (H, W) uint8, the predicted classes; 255 for none.
       classes: their names.
     """
     colors = class_colors(len(classes))
-    blend = (1 - _OPACITY) * image + _OPACITY * colors[labels]
+    shown = np.pad(colors, ((0, 256 - len(colors)), (0, 0)))  # no class: black
+    blend = (1 - _OPACITY) * image + _OPACITY * shown[labels]
     counts = np.bincount(labels.ravel(), minlength=len(classes))
     entries = [
         (f"{classes[i]} {100 * counts[i] / labels.size:.1f}%", tuple(colors[i].tolist()))
-        for i in np.argsort(-counts, kind="stable")
+        for i in np.argsort(-counts[: len(classes)], kind="stable")
         if counts[i]
     ]
+    if undecided := np.count_nonzero(labels >= len(classes)):
+        entries.append((f"no class {100 * undecided / labels.size:.1f}%", (0, 0, 0)))
     font = ImageFont.load_default(12)
     widest = max(int(font.getlength(text)) for text, _ in entries) + _ROW + 12
     width = max(labels.shape[1], widest)
@@ -65,13 +68,14 @@ def save_prediction(
     labels: np.ndarray,
     classes: Sequence[str],
 ) -> None:
-    """Writes `labels/NAME.png` (class n as n + 1, as in the annotations) and `overlays/NAME.png`.
+    """Writes `labels/NAME.png` (class n as n + 1, as in the annotations,
+    and 0 for no class) and `overlays/NAME.png`.
 
     Args:
       folder: made if need be.
       name: of the picture, without suffix.
       image: (H, W, 3) uint8 RGB.
-      labels: (H, W) integers, the predicted classes.
+      labels: (H, W) uint8, the predicted classes; 255 for none.
       classes: their names.
 
     Raises:

@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
 from vssd_jax.host import compiler_options
 from vssd_jax.models.count import count_multiply_adds, count_parameters
@@ -50,7 +51,7 @@ def evaluate_weights(
         "parameters": count_parameters(model.abstract),
         "multiply_adds": count_multiply_adds(model.abstract, size),
     }
-    print(
+    say(
         f"{config.model}: {results['parameters']:,} parameters, "
         f"{results['multiply_adds'] / 1e9:.3f} G multiply-adds at {size[0]}x{size[1]}"
     )
@@ -64,15 +65,15 @@ def evaluate_weights(
     arrays = jax.device_put(get_state(model.abstract), NamedSharding(mesh, PartitionSpec()))
     if throughput:
         results["images_per_second"] = measure_throughput(task, model, arrays, mesh)
-        print(
+        say(
             f"{results['images_per_second']:.1f} images/s at batch {config.eval_batch_size} "
             f"on {mesh.size} {jax.devices()[0].device_kind}"
         )
     metrics = Evaluator(task, model, mesh)(arrays)
     if task.table is not None:
-        print(task.table)
+        say(task.table)
     for name, value in metrics.items():
-        print(f"{name} {value:.6g}")
+        say(f"{name} {value:.6g}")
     return results | metrics
 
 

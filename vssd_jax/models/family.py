@@ -55,7 +55,7 @@ class Detections(NamedTuple):
 
     Attributes:
       boxes: (B, D, 4) x1 y1 x2 y2 in pixels of the padded image.
-      scores: (B, D), 0 to 1.
+      scores: (B, D), 0 to 1; not-a-number for an image whose outputs are not finite.
       labels: (B, D) int32 class indices.
       valid: (B, D) bool, False for padding at the end.
       masks: (B, D, 28, 28) logits of each box's class; see `detection.masks.paste_masks`.
@@ -376,7 +376,8 @@ def build(
 
     Args:
       name: one of `list_models()`.
-      num_classes: size of the classifier; None is the family's default.
+      num_classes: size of the classifier; None is the family's default, 0 (of classifiers) leaves
+        it out: the model gives the pooled features.
       dtype: of the activations; parameters are float32 at least.
       implementation: of the operations, see `vssd_jax.kernels.dispatch`.
       remat: recompute the blocks in the backward pass instead of keeping their activations.
@@ -387,6 +388,8 @@ def build(
       UserError: unknown names and fields, and values that the config refuses.
     """
     family, _ = find(name)
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise UserError(f"{name}: dtype={dtype!r} must be float32 or bfloat16")
     config = make_config(name, **overrides)
     return family.module(
         config,

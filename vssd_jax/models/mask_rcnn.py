@@ -197,7 +197,9 @@ class MaskRCNN(nnx.Module):
             )
             best, index = _top(jnp.where(keep, scores, -1).reshape(-1), config.max_detections)
             boxes = boxes.reshape(-1, 4)[index]
-            return boxes, jnp.maximum(best, 0), index % classes, best > 0
+            finite = jnp.isfinite(logits).all() & jnp.isfinite(deltas).all()
+            scores = jnp.where(finite, jnp.maximum(best, 0), jnp.nan)
+            return boxes, scores, index % classes, finite & (best > 0)
 
         boxes, scores, labels, valid = jax.vmap(detect)(
             proposals.boxes, proposals.valid, logits, deltas, image_shapes

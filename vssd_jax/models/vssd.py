@@ -455,8 +455,8 @@ class VSSD(nnx.Module):
 
     Args:
       config: the architecture.
-      num_classes: size of the classifier. None makes a backbone: no classifier, and a
-        LayerNorm on each feature map.
+      num_classes: size of the classifier; with 0 there is none, and the model gives the pooled
+        features. None makes a backbone: no classifier, and a LayerNorm on each feature map.
       dtype: float32 or bfloat16 activations.
       remat: recompute the blocks in the backward pass instead of keeping their activations.
       implementation: of the operations: None (the best for the device), "xla", "pallas", "triton".
@@ -493,7 +493,8 @@ class VSSD(nnx.Module):
             self.out_norms = nnx.List([LayerNorm(width, **norm_options) for width in self.widths])
         else:
             self.norm = LayerNorm(self.widths[-1], **norm_options)
-            self.head = Linear(self.widths[-1], num_classes, precision=precision, rngs=rngs)
+            if num_classes > 0:
+                self.head = Linear(self.widths[-1], num_classes, precision=precision, rngs=rngs)
 
     def feature_maps(
         self, images: Images, rngs: nnx.Rngs | None = None
@@ -509,6 +510,8 @@ class VSSD(nnx.Module):
         """
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images must have the shape (B, H, W, 3), not {images.shape}")
+        if 0 in images.shape:
+            raise ValueError(f"images must not be empty: their shape is {images.shape}")
         x = self.stem(images.astype(self.precision.compute))
         maps = []
         for stage in self.stages:
@@ -521,9 +524,14 @@ class VSSD(nnx.Module):
         return maps
 
     def __call__(self, images: Images, rngs: nnx.Rngs | None = None) -> Float[Array, "B K"]:
-        """(B, H, W, 3) images -> (B, num_classes) logits in float32."""
+        """(B, H, W, 3) images -> (B, num_classes) logits in float32.
+
+        With 0 classes, the (B, C) mean of the last feature map.
+        """
         x = self.norm(self.feature_maps(images, rngs)[-1])
         x = x.astype(self.precision.state).mean((1, 2))
+        if self.num_classes == 0:
+            return x
         return self.head(x).astype(self.precision.state)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
+from vssd_jax.config import check
 from vssd_jax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -58,8 +59,10 @@ def make_task(
       save_predictions: a folder for predictions and pictures; detection and segmentation only.
 
     Raises:
-      UserError: there is no such task, it does not have these options, or `config` does not fit it.
+      UserError: there is no such task, it does not have these options, `config` does not fit it,
+        or a field of `config` has a value that cannot be used.
     """
+    check(config)
     name, make = config.task, _registered.get(config.task)
     if make is None:
         if name not in _BUILT_IN:

@@ -14,6 +14,7 @@ from vssd_jax.data.cached import CachedSource
 from vssd_jax.data.classification_transforms import EvalTransform, TrainTransform
 from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.source import LabelledSource, Source
+from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
 from vssd_jax.models.family import Classifier
 from vssd_jax.tasks.base import BaseTask
@@ -122,6 +123,7 @@ class Classification(BaseTask[LabelledSource]):
             "top5": jnp.sum((rank < 5) & valid),
             "loss": jnp.sum(jnp.where(valid, losses, 0)),
             "count": jnp.sum(valid),
+            "nonfinite": jnp.sum(valid & ~jnp.isfinite(logits).all(1)),
             "unreadable": jnp.sum(batch["valid"] & replaced),
         }
 
@@ -134,6 +136,11 @@ class Classification(BaseTask[LabelledSource]):
         for output in outputs:
             sums.update({name: float(value) for name, value in output.items()})
         count, unreadable = sums.pop("count"), sums.pop("unreadable")
+        if nonfinite := int(sums.pop("nonfinite")):
+            say(
+                f"warning: the scores of {nonfinite} of {count:.0f} pictures are not finite; they "
+                "count as wrong"
+            )
         share = unreadable / (count + unreadable)
         self._check_unreadable(share, "the pictures for evaluation")
         means = {f"val/{name}": value / count for name, value in sums.items()}
@@ -161,6 +168,10 @@ def mesa_loss(
 
 
 def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """How many classes score above the label's; (B, classes), (B,) -> (B,)."""
+    """How many other classes do not score below the label's; (B, classes), (B,) -> (B,).
+
+    The greatest number, if a score of the picture is not finite.
+    """
     score = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    return jnp.sum(logits > score, axis=1)
+    rank = jnp.sum(logits >= score, axis=1) - 1
+    return jnp.where(jnp.isfinite(logits).all(1), rank, jnp.iinfo(rank.dtype).max)

@@ -117,8 +117,16 @@ class Detection(BaseTask[DetectionSource]):
         """COCO's twelve numbers for boxes and for masks; writes the predictions if asked to."""
         source = self.source("val")
         results: list[dict[str, Any]] = []
+        nonfinite = 0
         for output in outputs:
+            lost = ~np.isfinite(output["detections"]["scores"]).all(1)
+            nonfinite += int(np.count_nonzero(lost & output["valid"]))
             results += coco_metrics.to_results(Detections(**output["detections"]), output, source)
+        if nonfinite:
+            say(
+                f"warning: the outputs for {nonfinite} of {len(source)} images are not finite; "
+                "nothing counts as found in them"
+            )
         if self._folder is not None and jax.process_index() == 0:
             coco_metrics.save_predictions(
                 self._folder, source, results, max_pictures=self.config.max_pictures

@@ -20,6 +20,7 @@ from vssd_jax.data.segmentation_transforms import (
     train_transform,
 )
 from vssd_jax.data.source import SegmentationSource
+from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
 from vssd_jax.models.family import Segmentor
 from vssd_jax.tasks import segmentation_metrics as metrics
@@ -139,6 +140,11 @@ class Segmentation(BaseTask[SegmentationSource]):
         results: dict[str, float] = {}
         for name, total in totals.items():
             prefix = name.removesuffix("confusion")
+            if undecided := int(total[:, -1].sum()):
+                say(
+                    f"warning: {undecided} of {total.sum()} pixels have no most probable class "
+                    "(equal scores, or scores that are not finite); they count as wrong"
+                )
             numbers = metrics.summarize_confusion(total)
             results |= {f"val/{prefix}{key}": value for key, value in numbers.items()}
             self.table = metrics.format_per_class(total, self.class_names)

@@ -117,8 +117,17 @@ def probabilities(views: Sequence[View], sizes: jax.Array, shape: tuple[int, int
 
 
 def predict_labels(views: Sequence[View], sizes: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """The most probable class of each pixel, (B, H, W) int32; arguments as `probabilities`."""
-    return _map_strips(lambda x: jnp.argmax(x, -1).astype(jnp.int32), views, sizes, shape)
+    """The most probable class of each pixel, (B, H, W) int32; arguments as `probabilities`.
+
+    255 where no class is more probable than all others, or the probabilities are not finite.
+    """
+
+    def decide(probabilities: jax.Array) -> jax.Array:
+        best = probabilities.max(-1, keepdims=True)
+        alone = (probabilities == best).sum(-1) == 1
+        return jnp.where(alone, jnp.argmax(probabilities, -1), IGNORE).astype(jnp.int32)
+
+    return _map_strips(decide, views, sizes, shape)
 
 
 def model_views(
@@ -152,16 +161,22 @@ def model_views(
 
 
 def confusion_matrix(predictions: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
-    """(K, K) int32 pixel counts of a batch: row label, column prediction; ignored ones left out.
+    """(K, K + 1) int32 pixel counts of a batch: row label, column prediction.
+
+    Pixels whose label is 255 are left out; a prediction of 255, no class, counts in the last
+    column.
 
     A batch may have up to 2**31 pixels. Sum the matrices of a dataset as 64-bit integers (NumPy):
     ADE20K's validation images come close to what 32 bits hold.
     """
     labels, predictions = labels.astype(jnp.int32), predictions.astype(jnp.int32)
-    cell = jnp.where(labels == IGNORE, num_classes**2, labels * num_classes + predictions)
+    predictions = jnp.where(predictions == IGNORE, num_classes, predictions)
+    columns = num_classes + 1
+    cells = num_classes * columns
+    cell = jnp.where(labels == IGNORE, cells, labels * columns + predictions)
     # Per picture first, so that a batch that is split over devices stays where it is.
-    count = jax.vmap(lambda x: jnp.zeros(num_classes**2, jnp.int32).at[x].add(1, mode="drop"))
-    return count(cell.reshape(len(cell), -1)).sum(0).reshape(num_classes, num_classes)
+    count = jax.vmap(lambda x: jnp.zeros(cells, jnp.int32).at[x].add(1, mode="drop"))
+    return count(cell.reshape(len(cell), -1)).sum(0).reshape(num_classes, columns)
 
 
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
@@ -171,7 +186,8 @@ def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
     accuracy of one that is not labelled.
     """
     confusion = np.asarray(confusion, np.float64)
-    hits, labelled, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    hits, labelled = np.diag(confusion), confusion.sum(1)
+    predicted = confusion.sum(0)[: len(hits)]
     union = labelled + predicted - hits
 
     def ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

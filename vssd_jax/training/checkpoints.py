@@ -6,6 +6,7 @@ disk.
 
 import errno
 import functools
+import math
 import os
 import pathlib
 import threading
@@ -59,7 +60,8 @@ class Checkpoints:
         self._complete = self.latest_step
 
     def _score(self, metrics: Mapping[str, float] | None) -> float:
-        return metrics.get(self._best_metric, float("-inf")) if metrics else float("-inf")
+        score = metrics.get(self._best_metric) if metrics else None
+        return float("-inf") if score is None or math.isnan(score) else score
 
     @property
     def latest_step(self) -> int | None:

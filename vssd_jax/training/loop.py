@@ -57,6 +57,8 @@ def train(
                 results = run.evaluate(trainer.evaluate, state.ema)
             if plan.saves(step) or run.stopping:
                 run.save(to_parts(state), results if plan.evaluates(step) else {})
+        if not results and not run.stopping:  # it was saved without an evaluation, at its end
+            results = run.evaluate(trainer.evaluate, state.ema)
         run.finish(results)
     return results
 

@@ -6,6 +6,7 @@ import pathlib
 
 from tensorboardX import SummaryWriter
 
+from vssd_jax import strict_json
 from vssd_jax.distributed import is_main
 
 
@@ -26,6 +27,8 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
 class MetricWriter:
     """Writes named scalars by step; of several processes only the main one writes.
 
+    A value that is not finite is null in `metrics.jsonl`.
+
     Args:
       workdir: folder of the run.
       start_step: lines of an earlier run for later steps are dropped, as those steps run again.
@@ -38,7 +41,7 @@ class MetricWriter:
         kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
         path = self._workdir / "metrics.jsonl"
         part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part.write_text("".join(strict_json.dumps(line) + "\n" for line in kept))
         os.replace(part, path)
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(str(self._workdir), purge_step=start_step + 1)
@@ -47,7 +50,7 @@ class MetricWriter:
         if not is_main():
             return
         values = {name: float(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(strict_json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
@@ -62,7 +65,7 @@ class MetricWriter:
         curves: dict[str, list[tuple[int, float]]] = {}
         for line in read_metrics(self._workdir):
             for name, value in line.items():
-                if name != "step":
+                if name != "step" and value is not None:
                     curves.setdefault(name, []).append((line["step"], value))
         names = sorted(curves, key=lambda name: (not name.startswith("val/"), name))
         columns = min(3, len(names)) or 1

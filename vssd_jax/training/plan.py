@@ -60,7 +60,7 @@ def make_plan(config: ml_collections.ConfigDict, train_size: int) -> Plan:
         batch_size=config.batch_size,
         log_every=config.log_every_steps,
         eval_every=config.eval_every_epochs * steps_per_epoch,
-        save_every=config.save_every_steps or None,
+        save_every=config.save_every_steps,
         profiled=_parse_range(config.profile_steps),
     )
 

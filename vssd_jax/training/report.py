@@ -1,7 +1,6 @@
 """The report at the start of a run: versions, devices, parameters, memory."""
 
 import importlib.metadata
-import json
 import math
 import platform
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from typing import Any
 
 import jax
 
+from vssd_jax import strict_json
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
 from vssd_jax.training.state import TrainState
@@ -47,7 +47,7 @@ def describe(config: Mapping[str, Any], mesh: jax.sharding.Mesh, state: TrainSta
             f"devices: {len(devices)} {devices[0].device_kind}, {jax.process_count()} processes",
             f"mesh: {axes}",
             _parameter_table(state.params),
-            f"config: {json.dumps(config, indent=2)}",
+            f"config: {strict_json.dumps(config, indent=2)}",
             f"memory per device: state {_size(device_bytes(state))}",
         )
     )

@@ -177,9 +177,12 @@ class Run:
             )
             return
         name, best = self._best_metric, self.checkpoints.best_step
+        if self._step > self._plan.total:
+            say(f"nothing was trained: the run was to end at step {self._plan.total}")
+        score = self.checkpoints.metrics(best).get(name, results[name])
         say(
             f"done: {self._workdir} has {name} {results[name]:.4f} at step {self._step} "
-            f"(best {self.checkpoints.metrics(best)[name]:.4f} at step {best})"
+            f"(best {score:.4f} at step {best})"
         )
 
 
@@ -214,7 +217,12 @@ def open_run(
 
 
 def _means(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    return {
-        f"train/{name}": float(np.mean([values[name] for values in metrics]))
-        for name in metrics[0]
-    }
+    """Means over the steps in which a metric was finite; `<name>_steps` is how many, if not all."""
+    means = {}
+    for name in metrics[0]:
+        values = np.array([step[name] for step in metrics], np.float64)
+        finite = values[np.isfinite(values)]
+        means[f"train/{name}"] = float(finite.mean()) if len(finite) else float("nan")
+        if len(finite) < len(values):
+            means[f"train/{name}_steps"] = float(len(finite))
+    return means

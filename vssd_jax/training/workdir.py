@@ -1,7 +1,6 @@
 """The folder of a run, which one process at a time may write to."""
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -10,6 +9,9 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import filelock
+
+from vssd_jax import strict_json
 from vssd_jax.distributed import is_main, say
 from vssd_jax.errors import UserError
 
@@ -43,36 +45,45 @@ def claim(
             _note_config(workdir / "config.json", config)
             yield
     except OSError as error:
+        if error.filename is not None and not _is_inside(error.filename, workdir):
+            raise  # of something else
         raise UserError(
             f"the workdir {workdir} cannot be written: {error.strerror or error}"
         ) from error
 
 
+def _is_inside(path: str | bytes | int, workdir: pathlib.Path) -> bool:
+    """Whether a path is of the folder; or the folder of it, while it is being made."""
+    if isinstance(path, int):
+        return False
+    found, root = pathlib.Path(os.fsdecode(path)).absolute(), workdir.absolute()
+    return found.is_relative_to(root) or root.is_relative_to(found)
+
+
 @contextlib.contextmanager
 def _lock(workdir: pathlib.Path) -> Iterator[None]:
-    # The system gives the lock back however the process ends.
-    with (workdir / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{workdir} is in use by {file.read() or 'another process'}; wait for it, or use "
-                "another --workdir (processes of one run need --distributed or --coordinator)"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+    holder = workdir / "lock.txt"  # who has the lock, for the others to say
+    try:
+        # The system gives the lock back however the process ends.
+        with filelock.FileLock(workdir / "lock", timeout=0):
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            yield
+    except filelock.Timeout:
+        name = holder.read_text() if holder.exists() else "another process"
+        raise UserError(
+            f"{workdir} is in use by {name}; wait for it, or use "
+            "another --workdir (processes of one run need --distributed or --coordinator)"
+        ) from None
 
 
 def _note_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
-    text = json.dumps(dict(config), indent=2)
+    text = strict_json.dumps(dict(config), indent=2)
     if path.exists():
         old, new = json.loads(path.read_text()), json.loads(text)
-        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        if changed:
-            say(f"the config differs from this workdir's in {', '.join(changed)}")
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                before, after = (strict_json.dumps(fields.get(key)) for fields in (old, new))
+                say(f"the config differs from this workdir's: {key} was {before}, is {after}")
     part = path.with_suffix(".part")
     part.write_text(text)
     os.replace(part, path)

@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from vssd_jax import strict_json
 from vssd_jax.errors import UserError
 
 ARRAYS, CONFIG = "model.safetensors", "config.json"
@@ -71,7 +72,7 @@ def write_folder(path: str | os.PathLike, weights: Weights) -> None:
             "overrides": weights.overrides,
             **weights.provenance,
         }
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
 
 
 def read_folder(path: str | os.PathLike) -> Weights:

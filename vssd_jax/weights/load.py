@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def load(
         unexpected or misshapen tensors.
     """
     source = os.fspath(source)
+    if re.match(r"https?://", source):
+        raise UserError(f"{source}: download the file first, or write hf://owner/repo/file")
     if model is not None:
         family.find(model)
     path = hub.download(source) if source.startswith(hub.SCHEME) else Path(source)

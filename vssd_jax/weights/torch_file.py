@@ -134,6 +134,11 @@ class _Archive:
                 raise _Refused(f"corrupt: two records are named {_show(name)}")
             if entry.flag_bits & 1:
                 raise _Refused(f"record {_show(name)} is encrypted")
+            if name.endswith("/constants.pkl") or "/code/" in name:
+                raise _Refused(
+                    "a TorchScript program (of torch.jit.save), not a checkpoint; save its "
+                    "state_dict() by torch.save(torch.jit.load(file).state_dict(), other_file)"
+                )
             if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
                 raise _Refused(f"record {_show(name)} is compressed, which PyTorch never does")
             if entry.header_offset < 0 or entry.header_offset + entry.file_size > size:
@@ -604,7 +609,13 @@ def read_torch_file(path: str | os.PathLike) -> Any:
 # The keys of the state dict: the authors' classification trainer writes `model` and `model_ema`,
 # mmengine writes `state_dict`, timm `state_dict` and `state_dict_ema`. (mmengine's
 # `ema_state_dict` is no EMA: it swaps the two on saving.)
-_PLACES = {"model": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
+_PLACES = {
+    "model": ("model", "state_dict", "model_state_dict", "network", "params"),
+    "ema": ("model_ema", "state_dict_ema", "ema_model"),
+}
+# What wrappers of a model put before every name: DistributedDataParallel, torch.compile, Lightning
+# and others.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "encoder.")
 _WRAPPERS = ("state_dict", "model", "ema", "module")
 
 
@@ -620,6 +631,15 @@ def _unwrap(value: Any) -> Any:
     return value
 
 
+def _shared_prefix(names: Iterable[str]) -> str:
+    """The one of `_PREFIXES` that all names share, or nothing."""
+    names = list(names)
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) and name != prefix for name in names):
+            return prefix
+    return ""
+
+
 def select_state_dict(
     checkpoint: Any, which: str | None = None, path: str | os.PathLike = "checkpoint"
 ) -> tuple[dict[str, np.ndarray], str]:
@@ -632,8 +652,8 @@ def select_state_dict(
       path: the file's name, for messages.
 
     Returns:
-      The arrays by PyTorch name, in the file's order, without the "module." that
-      DistributedDataParallel puts before every name; and which was taken, "model" or "ema". The
+      The arrays by PyTorch name, in the file's order, without a prefix that a
+      wrapper of the model puts before every name; and which was taken, "model" or "ema". The
       arrays are read-only and C-contiguous; those that share a storage may share memory.
 
     Raises:
@@ -674,8 +694,8 @@ def select_state_dict(
             raise UserError(
                 f"{path}: entry {_show(key)} of its state dict is no plain tensor but {_show(kind)}"
             )
-    while all(key.startswith("module.") and key != "module." for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    while prefix := _shared_prefix(state):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     return _read_tensors(state), taken
 
 
