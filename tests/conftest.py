@@ -22,7 +22,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 # LLVM's optimisations and XLA's fusion emitters take two fifths of the time and change little for
 # models this small; the slow tests, of the real models, run as users do.
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+UNOPTIMIZED = "--xla_backend_optimization_level=0"
+FAST_COMPILATION = f"{UNOPTIMIZED} --xla_cpu_use_fusion_emitters=false"
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parents[1]

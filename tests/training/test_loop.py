@@ -13,7 +13,7 @@ import scipy.special
 from absl import flags
 
 from configs.digits import get_config
-from tests.conftest import FAST_COMPILATION, GOLDEN, ROOT
+from tests.conftest import GOLDEN, ROOT, UNOPTIMIZED
 from tests.golden.synthetic import _rng
 from tests.golden_model import golden_images, golden_weights, relative_error
 from tests.golden_model import run as run_model
@@ -260,6 +260,8 @@ from vssd_jax.tasks import make_task
 from vssd_jax.training.loop import train
 config = small_config(sys.argv[1])
 config.update(steps=20, eval_batch_size=120, dtype="float64", mesa=0.0)
+# The smaller model lets rounding grow to 1e-4 within these steps.
+config.model_options.update(depths=(1, 1, 1, 1), stem="conv", downsample="conv")
 config.mesh.fsdp = 4 if sys.argv[2].endswith("8") else 1
 train(make_task(config), config, sys.argv[2])
 """
@@ -271,7 +273,9 @@ def test_eight_devices_train_as_one(tmp_path, data_dir):
     workdirs = [tmp_path / str(devices) for devices in (1, 8)]
     for workdir in workdirs:
         count = f"--xla_force_host_platform_device_count={workdir.name}"
-        count += f" {FAST_COMPILATION}"
+        # Without fusion emitters, pixels are normalised (in float32) with other roundings on one
+        # device than on eight.
+        count += f" {UNOPTIMIZED}"
         subprocess.run(
             [sys.executable, "-c", SEVERAL_DEVICES, data_dir, str(workdir)],
             cwd=ROOT,

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import FAST_COMPILATION, ROOT
+from tests.conftest import ROOT, UNOPTIMIZED
 from vssd_jax.training.metrics import read_metrics
 
 CONFIG = """
@@ -29,7 +29,8 @@ def start(folder, workdir, processes, devices=1):
     """The processes of a run, whose config and data are in `folder`."""
     config = folder / "config.py"
     config.write_text(CONFIG.format(data_dir=str(folder / "data"), steps=STEPS))
-    flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILATION}"
+    # Not FAST_COMPILATION: see test_eight_devices_train_as_one.
+    flags = f"--xla_force_host_platform_device_count={devices} {UNOPTIMIZED}"
     command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}"]
     if processes > 1:
         with socket.socket() as free:
