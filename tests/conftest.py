@@ -48,6 +48,12 @@ def pytest_configure(config):
         install_import_hook([*public, "vssd_jax.models"], "tests.shapes.check")
 
 
+def pytest_collection_modifyitems(items):
+    # Files with the longest tests first, so that no worker is alone with one at the end.
+    long = [ROOT / "tests" / folder for folder in ("training", "extending", "tasks")]
+    items.sort(key=lambda item: not any(item.path.is_relative_to(folder) for folder in long))
+
+
 @pytest.fixture
 def x64():
     """Computes in float64 within a test."""

@@ -207,7 +207,7 @@ def test_what_is_wrong_with_the_data_is_said(data_dir, tmp_path, capsys):
         ({"dataset": "coc"}, "did you mean 'coco'"),
         ({"data_dir": "/nowhere"}, "there is no folder /nowhere; config.data_dir holds"),
         ({"data_dir": f"{data_dir}/val2017"}, "cannot read the annotations"),
-        ({"bad_annotations": "ignore"}, '"skip" or "refuse"'),
+        ({"bad_annotations": "ignore"}, "must be one of skip, refuse"),
         ({"batch_size": 10}, "there are 8 landscape and 4 portrait images"),
     ):
         wrong = config.copy_and_resolve_references()

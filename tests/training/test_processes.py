@@ -63,11 +63,16 @@ def numbers(workdir):
     return losses, [(x["step"], x["val/loss"], x["val/top1"]) for x in lines if "val/loss" in x]
 
 
-def wait_for_step(workdir, step, processes):
-    while all(line["step"] < step for line in read_metrics(workdir) or [{"step": 0}]):
+def wait_for(ready, processes):
+    """Waits until `ready()`; fails when one of the processes has ended before."""
+    while not ready():
         for process in processes:
             assert process.poll() is None, process.communicate()[1][-3000:]
-        time.sleep(0.2)
+        time.sleep(0.1)
+
+
+def has_logged(workdir, step):
+    return any(line["step"] >= step for line in read_metrics(workdir))
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -75,9 +80,7 @@ def test_processes_train_as_one_and_end_together(tmp_path, count):
     one = start(tmp_path, tmp_path / "one", 1, devices=count)
     finish(one)
     several = start(tmp_path, tmp_path / "several", count)
-    wait_for_step(tmp_path / "several", 12, several)  # the checkpoint of step 11 is being made
-    while not (tmp_path / "several/checkpoints/11/checksums.json").exists():
-        time.sleep(0.1)
+    wait_for((tmp_path / "several/checkpoints/11/checksums.json").exists, several)
     several[-1].send_signal(signal.SIGKILL)
     several[-1].communicate()
     killed = time.monotonic()
@@ -99,7 +102,7 @@ def test_processes_train_as_one_and_end_together(tmp_path, count):
 @pytest.mark.slow
 def test_sigterm_stops_all_processes_at_one_step(tmp_path):
     several = start(tmp_path, tmp_path / "run", 2)
-    wait_for_step(tmp_path / "run", 3, several)
+    wait_for(lambda: has_logged(tmp_path / "run", 3), several)
     several[1].send_signal(signal.SIGTERM)
     finish(several)
     stopped = read_metrics(tmp_path / "run")[-1]["step"]
