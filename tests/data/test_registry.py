@@ -22,7 +22,8 @@ def test_every_module_is_a_dataset_of_its_name(name):
     assert registry.find(name, dataset.task) is dataset
 
 
-def test_a_dataset_from_elsewhere():
+def test_a_dataset_from_elsewhere(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
     toy = registry.Dataset("toy", "classification", open=lambda config, split: [])
     registry.register(toy)
     assert registry.find("toy", "classification") is toy

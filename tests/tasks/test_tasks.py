@@ -14,7 +14,9 @@ class Sorting(BaseTask):
     best_metric = "val/sorted"
 
 
-def test_a_task_from_elsewhere():
+def test_a_task_from_elsewhere(monkeypatch):
+    monkeypatch.setattr(tasks, "_registered", {})
+    monkeypatch.setattr(registry, "_registered", {})
     tasks.register("sorting", Sorting)
     registry.register(
         registry.Dataset("cards", "sorting", lambda config, split: [], class_names=("a", "b"))

@@ -306,7 +306,7 @@ def test_eight_devices_train_as_one(tmp_path, data_dir):
         ({"profile_steps": "15:10"}, "must be like 10:15"),
         ({"batch_size": 2048}, "more than the 1437 images"),
         ({"dataset": "digit"}, "did you mean 'digits'"),
-        ({"task": "sorting"}, "unknown task"),
+        ({"task": "sorting"}, "unknown task 'sorting'"),
         ({"model": "vssd_nono"}, "did you mean 'vssd_nano'"),
         ({"schedule": "cosin"}, "one of cosine, linear, steps"),
     ],
