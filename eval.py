@@ -10,7 +10,7 @@ the output is JSON.
 
 from absl import flags
 
-from vssd_jax import cli, strict_json
+from vssd_jax import cli
 from vssd_jax.errors import UserError
 
 cli.define_config()
@@ -28,19 +28,17 @@ def main() -> None:
     cli.join_processes()
     if WEIGHTS.value is None:
         raise UserError("--weights is missing; see --help")
-    from vssd_jax.distributed import say
     from vssd_jax.host import prepare_cpu
     from vssd_jax.inference.evaluation import evaluate_weights
 
     prepare_cpu()
-    results = evaluate_weights(
+    evaluate_weights(
         config,
         WEIGHTS.value,
         throughput=THROUGHPUT.value,
         tta=TTA.value,
         save_predictions=SAVE.value,
     )
-    say(strict_json.dumps(results))
 
 
 if __name__ == "__main__":

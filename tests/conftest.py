@@ -8,6 +8,7 @@ import pathlib
 import sys
 import tempfile
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
@@ -24,6 +25,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 # models this small; the slow tests, of the real models, run as users do.
 UNOPTIMIZED = "--xla_backend_optimization_level=0"
 FAST_COMPILATION = f"{UNOPTIMIZED} --xla_cpu_use_fusion_emitters=false"
+
+# The same examples at every run, and no folder for them.
+hypothesis.settings.register_profile(
+    "vssd_jax", deadline=None, database=None, derandomize=True, max_examples=500
+)
+hypothesis.settings.load_profile("vssd_jax")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parents[1]

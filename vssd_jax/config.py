@@ -27,6 +27,8 @@ def base_config() -> ml_collections.ConfigDict:
     config.data_dir = "data"
     config.image_size = 224
     config.num_workers = 0  # processes that prepare batches; 0 uses threads
+    config.max_unreadable = 0.01  # a greater share of unreadable pictures ends the run
+    config.max_pixels = 89_478_485  # H * W; a picture with more is unreadable (Pillow's limit)
 
     config.batch_size = 1024  # global
     config.eval_batch_size = 1024
@@ -74,7 +76,6 @@ def classification_config() -> ml_collections.ConfigDict:
     config.mesa_start_epoch = 0
     # A folder for decoded training pictures, where the processors cannot keep up.
     config.cache_decoded = ml_collections.config_dict.placeholder(str)
-    config.max_unreadable = 0.01  # a greater share of unreadable pictures ends the run
     return config
 
 
@@ -117,6 +118,7 @@ def detection_config() -> ml_collections.ConfigDict:
     config.flip = 0.5
     config.max_objects = 100  # of an image in training
     config.bad_annotations = "skip"  # or "refuse"
+    config.filter_empty = True  # leave images without objects out of training
     # Evaluate with padding to multiples of 32, as the authors do, one image at a time.
     config.exact_padding = False
     config.max_pictures = 200  # that --save-predictions draws, the first ones
@@ -196,6 +198,7 @@ _WHOLE_NOT_NEGATIVE = ("a whole number of 0 or more", lambda value: _whole(value
 _POSITIVE = ("greater than 0", lambda value: _number(value) and value > 0)
 _SHARE = ("from 0 to 1", _share)
 _BELOW_1 = ("0 or more and less than 1", lambda value: _share(value) and value < 1)
+_SWITCH = ("True or False", lambda value: isinstance(value, bool))
 _SIZE = ("a height and a width of at least 1", lambda v: _pair(v) and all(map(_count, v)))
 
 # Field -> what is allowed, in words and as a test.
@@ -205,7 +208,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "num_classes", "image_size", "batch_size", "eval_batch_size", "accumulate", "epochs",
             "steps", "learning_rate_batch", "max_nonfinite", "eval_every_epochs",
             "save_every_steps", "log_every_steps", "short_side", "long_side", "size_multiple",
-            "max_objects",
+            "max_objects", "max_pixels",
         ),
         _AT_LEAST_1,
     ),
@@ -225,6 +228,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("ema_decay", "label_smoothing"), _BELOW_1),
     "max_class_share": ("greater than 0 and at most 1", lambda v: _share(v) and v > 0),
     "betas": ("two numbers from 0 to below 1", lambda v: _pair(v) and all(map(_BELOW_1[1], v))),
+    **dict.fromkeys(("remat", "crop", "exact_padding", "filter_empty"), _SWITCH),
     "image_shape": _SIZE,
     "padded_shapes": ("one or more pairs of height and width", lambda v: v and all(
         _SIZE[1](shape) for shape in v

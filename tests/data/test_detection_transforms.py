@@ -7,12 +7,14 @@ import pytest
 
 from tests.data.coco_files import SIZE, annotation, rectangle, rle, write
 from vssd_jax.data.datasets.coco import CocoSource
+from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.detection_transforms import eval_transform, padded_shape, train_transform
 
 
 def scene(tmp_path):
     """An element whose box is the extent of its mask."""
-    return CocoSource(*write(tmp_path, [annotation(1, segmentation=rle(rectangle(8, 10, 24, 30)))]))
+    objects = [annotation(1, segmentation=rle(rectangle(8, 10, 24, 30)))]
+    return DecodedSource(CocoSource(*write(tmp_path, objects)))
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -77,6 +79,9 @@ def test_evaluation_pads_to_a_shape_or_to_32(tmp_path):
     np.testing.assert_array_equal(result["original_shape"], SIZE)
     assert result["index"] == 0
     assert eval_transform(element, shapes=None)["image"].shape == (800, 1088, 3)
+    of_a_portrait = eval_transform({**element, "like": (30, 20)})
+    assert of_a_portrait["image"].shape == (1344, 800, 3)
+    np.testing.assert_array_equal(of_a_portrait["image_shape"], [600, 800])
     portrait = ((1344, 800), (800, 1344))
     assert padded_shape((640, 480), portrait) == (1344, 800)
     assert padded_shape((480, 640), portrait) == (800, 1344)

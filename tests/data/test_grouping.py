@@ -1,22 +1,26 @@
 """Orders in which every batch can be stacked."""
 
 import numpy as np
-import pytest
 
 from vssd_jax.data import pipeline
-from vssd_jax.data.grouping import GroupedByOrientation, GroupedByShape
+from vssd_jax.data.grouping import Grouped, ShuffledByOrientation, by_key, is_portrait
 from vssd_jax.data.segmentation_transforms import eval_shapes, eval_transform
-from vssd_jax.errors import UserError
 
 
 def test_batches_of_one_shape_stack_and_hold_every_picture_once():
     shapes = [(40, 60), (60, 40), (40, 60), (80, 120), (40, 60), (50, 50)]
     source = [
-        {"image": np.zeros((*shape, 3), np.uint8), "label": np.zeros(shape, np.uint8), "index": i}
+        {
+            "image": np.zeros((*shape, 3), np.uint8),
+            "label": np.zeros(shape, np.uint8),
+            "index": i,
+            "replaced": 0,
+        }
         for i, shape in enumerate(shapes)
     ]
     options = {"short": 32, "long": 128, "multiple": 8, "label_multiple": 64}
-    grouped = GroupedByShape(source, (eval_shapes(x, **options) for x in shapes), 2)
+    groups = by_key(eval_shapes(x, **options) for x in shapes)
+    grouped = Grouped(source, groups, np.array(shapes), 2)
     assert len(grouped) % 2 == 0
     seen = []
     for first in range(0, len(grouped), 2):
@@ -28,40 +32,55 @@ def test_batches_of_one_shape_stack_and_hold_every_picture_once():
     assert sorted(seen) == list(range(6))
 
 
-class Sizes:
-    def __init__(self, portrait):
-        self.sizes = np.where(np.array(portrait)[:, None], [[4, 3]], [[3, 4]])
-
+class Numbers:
     def __getitem__(self, index):
         return {"index": index}
 
 
-def test_batches_of_one_orientation():
-    source = Sizes(np.arange(23) % 3 == 0)
-    portrait = source.sizes[:, 0] > source.sizes[:, 1]
-    shuffled = GroupedByOrientation(source, 4, seed=1, steps=10)
-    order = np.array([shuffled[i]["index"] for i in range(len(shuffled))]).reshape(-1, 4)
-    for batch in order:
-        assert len(set(portrait[batch])) == 1
-    first, second = order.reshape(2, -1)
-    assert len(set(first)) == len(first) == 20  # 15 landscapes: 12; 8 portraits: 8
-    assert first.tolist() != second.tolist()
-    again = GroupedByOrientation(source, 4, seed=1, steps=10)
-    assert [again[i]["index"] for i in range(40)] == order.ravel().tolist()
+SIZES = np.where((np.arange(23) % 3 == 0)[:, None], [[4, 3]], [[3, 4]])  # 8 portraits of 23
 
-    every = GroupedByOrientation(source, 4)
+
+def test_evaluation_has_batches_of_one_orientation():
+    portrait = is_portrait(SIZES)
+    every = Grouped(Numbers(), by_key(portrait), SIZES, 4)
     elements = [every[i] for i in range(len(every))]
     assert sorted(e["index"] for e in elements if e["valid"]) == list(range(23))
     assert len(elements) == 24
     for i in range(0, 24, 4):
-        assert len({portrait[e["index"]] for e in elements[i : i + 4]}) == 1
-    with pytest.raises(UserError, match="there are 15 landscape and 8 portrait images"):
-        GroupedByOrientation(source, 16, seed=1, steps=1)
+        kinds = {portrait[e["index"]] for e in elements[i : i + 4]}
+        assert len(kinds) == 1
+        assert {e["like"] for e in elements[i : i + 4]} == {(4, 3) if kinds.pop() else (3, 4)}
+
+
+def test_training_has_at_most_one_mixed_batch_an_epoch():
+    portrait = is_portrait(SIZES)
+    shuffled = ShuffledByOrientation(Numbers(), SIZES, 4, seed=1, steps=100)
+    order = np.array([shuffled[i]["index"] for i in range(len(shuffled))]).reshape(20, 5, 4)
+    for epoch in order:
+        assert len(set(epoch.ravel())) == 20
+        kinds = portrait[epoch].sum(1)
+        assert np.count_nonzero((kinds > 0) & (kinds < 4)) <= 1
+    assert order[0].tolist() != order[1].tolist()
+    for i in range(0, 400, 4):
+        likes = {shuffled[i + k]["like"] for k in range(4)}
+        most = portrait[order.ravel()[i : i + 4]].sum() > 2
+        assert likes == {(4, 3) if most else (3, 4)}
+    again = ShuffledByOrientation(Numbers(), SIZES, 4, seed=1, steps=100)
+    assert [again[i]["index"] for i in range(400)] == order.ravel().tolist()
+
+
+def test_the_rarer_orientation_is_trained_on():
+    sizes = np.array([(3, 4)] * 8 + [(4, 3)] * 3)
+    shuffled = ShuffledByOrientation(Numbers(), sizes, 4, seed=0, steps=60)
+    counts = np.bincount([shuffled[i]["index"] for i in range(240)], minlength=11)
+    assert (counts > 12).all()  # 240 / 11 is 21.8
+    single = ShuffledByOrientation(Numbers(), sizes, 11, seed=0, steps=2)
+    assert sorted(single[i]["index"] for i in range(11)) == list(range(11))
+    assert {single[i]["like"] for i in range(22)} == {(3, 4)}
 
 
 def test_a_source_that_shuffles_itself_keeps_its_order():
-    source = Sizes(np.arange(23) % 3 == 0)
-    grouped = GroupedByOrientation(source, 4, seed=1, steps=7)
+    grouped = ShuffledByOrientation(Numbers(), SIZES, 4, seed=1, steps=7)
 
     def read(**options):
         batches = pipeline.train_batches(
@@ -77,7 +96,7 @@ def test_a_source_that_shuffles_itself_keeps_its_order():
 
 
 def test_evaluation_marks_the_padding_of_the_source():
-    grouped = GroupedByOrientation(Sizes(np.arange(23) % 3 == 0), 4)
+    grouped = Grouped(Numbers(), by_key(is_portrait(SIZES)), SIZES, 4)
     batches = list(pipeline.eval_batches(grouped, lambda element: element, batch_size=4))
     index, valid = (np.concatenate([b[name] for b in batches]) for name in ("index", "valid"))
     assert len(index) == 24

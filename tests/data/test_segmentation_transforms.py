@@ -15,7 +15,7 @@ def marked(height, width, seed=0):
     label = np.kron(rng.integers(0, CLASSES, (height // 10, width // 10)), np.ones((10, 10), int))
     image = np.zeros((*label.shape, 3), np.uint8)
     image[..., 0] = 10 * (label + 1)
-    return {"image": image, "label": label.astype(np.uint8), "index": 7}
+    return {"image": image, "label": label.astype(np.uint8), "index": 7, "replaced": 0}
 
 
 def test_train_transform_moves_image_and_labels_together(monkeypatch):
@@ -129,3 +129,9 @@ def test_eval_transform_keeps_the_whole_image_and_the_original_labels():
     assert (out["label"][:, 90:] == 255).all()
     assert out["size"].tolist() == [60, 90]
     assert out["index"] == 7
+    stand_in = segmentation_transforms.eval_transform(
+        {**element, "like": (30, 20), "replaced": 1}, short=40, long=160, label_multiple=64
+    )
+    assert stand_in["images"]["0"].shape == (60, 40, 3)
+    assert stand_in["label"].shape == (64, 64)
+    assert (stand_in["label"] == 255).all()

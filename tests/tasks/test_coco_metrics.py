@@ -8,6 +8,7 @@ from pycocotools.cocoeval import COCOeval
 from vssd_jax.data.coco_masks import rasterise
 from vssd_jax.data.datasets import digits_detection
 from vssd_jax.data.datasets.coco import CocoSource
+from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.detection_transforms import eval_transform
 from vssd_jax.models.mask_rcnn import Detections
 from vssd_jax.tasks import coco_metrics
@@ -46,7 +47,8 @@ def perfect(source, batch, wrong=0):
 
 
 def whole_batch(source):
-    elements = [eval_transform(source[i], short_side=128, long_side=160,
+    decoded = DecodedSource(source)
+    elements = [eval_transform(decoded[i], short_side=128, long_side=160,
                                     shapes=(digits_detection.SIZE,))
                 for i in range(len(source))]  # fmt: skip
     return {name: np.stack([e[name] for e in elements]) for name in elements[0]}
@@ -79,7 +81,7 @@ def test_saved_predictions_give_the_same_numbers_to_pycocotools(tmp_path, capsys
     scores = coco_metrics.evaluate(source, results)
     assert 0.1 < scores["box"]["map"] < 0.95
     folder = tmp_path / "predictions"
-    coco_metrics.save_predictions(folder, source, results)
+    coco_metrics.save_predictions(folder, source, DecodedSource(source), results)
     pictures = [f"{i}.png" for i in range(4)]
     assert sorted(os.listdir(folder)) == sorted(["bbox.json", "segm.json", *pictures])
     truth = COCO(str(source.annotations))
@@ -93,3 +95,20 @@ def test_saved_predictions_give_the_same_numbers_to_pycocotools(tmp_path, capsys
     original = np.asarray(Image.open(source.folder / "000000.png"))
     assert picture.shape == original.shape
     assert (picture != original).any(-1).mean() > 0.02
+
+
+def test_pictures_that_could_not_be_read_are_left_out(tmp_path):
+    source = dataset(tmp_path)
+    batch = whole_batch(source)
+    results = coco_metrics.to_results(perfect(source, batch), batch, source)
+    some = [r for r in results if r["image_id"] != 2]
+    assert coco_metrics.evaluate(source, some)["box"]["map"] < 0.9
+    scores = coco_metrics.evaluate(source, some, without={2})
+    assert scores["box"]["map"] > 0.999
+    (source.folder / "000002.png").write_bytes(b"")
+    source.image_ids = ["../0", 1, 2, "a/b"]
+    folder = tmp_path / "predictions"
+    coco_metrics.save_predictions(folder, source, DecodedSource(source), [])
+    assert sorted(os.listdir(folder)) == [
+        "..%2F0.png", "1.png", "a%2Fb.png", "bbox.json", "segm.json",
+    ]  # fmt: skip

@@ -107,7 +107,7 @@ def test_a_run_writes_losses_and_the_twelve_numbers(run):
         f"val/{kind}_{name}": lines[-1][f"val/{kind}_{name}"]
         for kind in ("box", "mask")
         for name in NUMBERS
-    }
+    } | {"val/unreadable": 0}
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -115,8 +115,10 @@ def test_evaluation_of_the_workdir_gives_the_same_numbers(run, tmp_path, capsys)
     config, workdir, results = run
     again = evaluate_weights(config, workdir, save_predictions=tmp_path / "found")
     assert {name: again[name] for name in results} == results
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    *lines, last = capsys.readouterr().out.splitlines()
+    printed = dict(line.split() for line in lines[1:])
     assert set(printed) == set(results)
+    assert json.loads(last) == again
     found = json.loads((tmp_path / "found/bbox.json").read_text())
     assert {r["image_id"] for r in found} == set(range(5))  # the padding image is none of them
     counts = np.bincount([r["image_id"] for r in found])
@@ -157,6 +159,7 @@ def test_printed_numbers_are_those_of_the_written_predictions(data_dir, tmp_path
         for rows, real in zip(order, valid, strict=True)
     )
     metrics = task.summarize(outputs)
+    task.write_predictions()
     assert 0.1 < metrics["val/mask_map"] < metrics["val/box_map"] < 0.95
     truth = COCO(str(source.annotations))
     for kind, name in (("box", "bbox"), ("mask", "segm")):
@@ -167,6 +170,38 @@ def test_printed_numbers_are_those_of_the_written_predictions(data_dir, tmp_path
         evaluation.summarize()
         ours = [metrics[f"val/{kind}_{number}"] for number in NUMBERS]
         np.testing.assert_allclose(ours, evaluation.stats, rtol=0, atol=1e-12)
+
+
+def test_images_that_cannot_be_read_or_scored_are_counted(data_dir, capsys):
+    config = small_config(data_dir)
+    task = Detection(config)
+    source = task.source("val")
+    batch = whole_batch(source)
+    found = perfect(source, batch)._asdict()
+
+    def summarize(replaced):
+        batch["replaced"] = np.array(replaced, np.int32)
+        return task.summarize(iter([{**batch, "detections": found, "valid": np.ones(5, bool)}]))
+
+    whole = summarize([0] * 5)
+    assert whole["val/box_map"] > 0.99
+    with pytest.raises(UserError, match=r"20.0% of the pictures for evaluation .* unreadable"):
+        summarize([0, 1, 0, 0, 0])
+    config.max_unreadable = 0.2
+    assert summarize([0, 1, 0, 0, 0]) == {**whole, "val/unreadable": 0.2}
+    found["scores"][3] = np.nan
+    found["valid"][3] = False  # as `predict` does where a score is not finite
+    assert summarize([0] * 5)["val/box_map"] < 0.99
+    assert "warning: the outputs for 1 of 5 images are not finite" in capsys.readouterr().out
+
+
+def test_what_is_not_trained_on_is_said(data_dir, capsys):
+    config = small_config(data_dir)
+    config.update(max_objects=1, padded_shapes=((64, 96), (96, 64)))
+    next(Detection(config).train_batches(0))
+    said = capsys.readouterr().out
+    assert "training images have more than config.max_objects=1 objects" in said
+    assert "8 landscape and 4 portrait images for training" in said
 
 
 def test_batches_are_of_one_shape_and_repeatable(data_dir):
@@ -208,7 +243,6 @@ def test_what_is_wrong_with_the_data_is_said(data_dir, tmp_path, capsys):
         ({"data_dir": "/nowhere"}, "there is no folder /nowhere; config.data_dir holds"),
         ({"data_dir": f"{data_dir}/val2017"}, "cannot read the annotations"),
         ({"bad_annotations": "ignore"}, "must be one of skip, refuse"),
-        ({"batch_size": 10}, "there are 8 landscape and 4 portrait images"),
     ):
         wrong = config.copy_and_resolve_references()
         wrong.update(changes)
@@ -228,12 +262,12 @@ def test_what_is_wrong_with_the_data_is_said(data_dir, tmp_path, capsys):
     for name, dataset in zip(names, (train_set, val_set), strict=True):
         (annotations / name).write_text(json.dumps(dataset))
     config.data_dir = str(tmp_path)
-    with pytest.raises(UserError, match="the categories of"):
+    with pytest.raises(UserError, match="the classes for training of coco .*: 11 and 10 classes"):
         next(Detection(config).train_batches(0))
     assert "left out of" in (printed := capsys.readouterr().out)
-    assert "image 0, annotation 1: unknown category 77" in printed
+    assert "image 0, annotation 1: unknown category: 77" in printed
     config.bad_annotations = "refuse"
-    with pytest.raises(UserError, match="image 0, annotation 1: unknown category 77"):
+    with pytest.raises(UserError, match="image 0, annotation 1: unknown category: 77"):
         Detection(config).train_size  # noqa: B018
 
 

@@ -50,7 +50,7 @@ def parsed_flags():
 def write_pairs(root, split, sizes):
     """Pictures whose brightness follows the classes 1, 2 and 3; 0 is ignored."""
     for kind in ("images", "annotations"):
-        (root / kind / split).mkdir(parents=True)
+        (root / kind / split).mkdir(parents=True, exist_ok=True)
     for number, (height, width) in enumerate(sizes):
         rng = np.random.default_rng(number)
         label = np.kron(rng.integers(0, 4, (height // 8, width // 8)), np.ones((8, 8), np.uint8))
@@ -172,7 +172,7 @@ def test_a_run_trains_and_evaluates(run):
     for line in losses:
         total = line["train/decode"] + 0.4 * line["train/auxiliary"]
         assert line["train/loss"] == pytest.approx(total, rel=1e-5)
-    assert set(results) == {f"val/{name}" for name in NUMBERS}
+    assert set(results) == {f"val/{name}" for name in (*NUMBERS, "unreadable")}
     assert lines[-1]["val/miou"] == results["val/miou"] > 0
     again = evaluate_weights(config, workdir, tta=True)
     assert {name: again[name] for name in results} == results
@@ -196,7 +196,7 @@ def palette(label):
 
 
 BAD = {
-    "has 40x56 pixels and its image 56x40": lambda label: Image.fromarray(label.T),
+    "is 56x40 pixels, its annotations are for 40x56": lambda label: Image.fromarray(label.T),
     "holds the label 151; it must lie in 0 to 150": lambda label: Image.fromarray(label + 151),
     "is a palette PNG": palette,
     "without a file in": None,
@@ -226,6 +226,55 @@ def test_bad_labels_end_an_evaluation(weights, tmp_path, message):
     spoil(tmp_path, "validation", message)
     with pytest.raises(UserError, match=message):
         evaluate_weights(small_config(tmp_path), weights)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0, 255), "every pixel of the train label maps of .* is ignored"),
+        ((0, 1), "are of one class, 'wall': there is nothing to tell apart"),
+    ],
+)
+def test_label_maps_with_nothing_to_learn_are_refused(tmp_path, values, message):
+    for split in ("training", "validation"):
+        write_pairs(tmp_path, split, [(40, 56)] * 2)
+        for path in (tmp_path / "annotations" / split).iterdir():
+            Image.fromarray(np.random.default_rng(0).choice(np.uint8(values), (40, 56))).save(path)
+    with pytest.raises(UserError, match=message):
+        Segmentation(small_config(tmp_path)).train_batches(0)
+
+
+def test_a_first_batch_without_labels_is_refused(tmp_path):
+    write_pairs(tmp_path, "validation", [(40, 56)] * 2)
+    write_pairs(tmp_path, "training", [(40, 56)] * 500)
+    for path in (tmp_path / "annotations/training").iterdir():
+        if path.name != "0.png":
+            Image.fromarray(np.zeros((40, 56), np.uint8)).save(path)
+    with pytest.raises(UserError, match="every pixel of the first batch is ignored"):
+        next(Segmentation(small_config(tmp_path)).train_batches(0))
+
+
+def test_pictures_that_cannot_be_read_do_not_count(weights, tmp_path, capfd):
+    write_pairs(tmp_path, "validation", [(40, 56)] * 3 + [(56, 40)])
+    config = small_config(tmp_path)
+    config.max_unreadable = 0.5
+    whole = evaluate_weights(config, weights)
+    write_pairs(tmp_path, "validation", [(40, 56)] * 3 + [(56, 40)] + [(48, 48)] * 2)
+    for path in ("images/validation/4.jpg", "annotations/validation/5.png"):
+        (tmp_path / path).write_bytes(b"")
+    results = evaluate_weights(config, weights, save_predictions=tmp_path / "found")
+    assert results == {**whole, "val/unreadable": 2 / 6}
+    assert len(list((tmp_path / "found/labels").iterdir())) == 4
+    config.max_unreadable = 0.1
+    with pytest.raises(UserError, match=r"33.3% of the pictures for evaluation"):
+        evaluate_weights(config, weights)
+
+
+def test_metrics_come_before_pictures(weights, data_dir, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file"):
+        evaluate_weights(small_config(data_dir), weights, save_predictions=tmp_path / "file")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["val/miou"] >= 0
 
 
 def test_bad_labels_are_one_line_of_the_command(tmp_path):

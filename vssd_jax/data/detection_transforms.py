@@ -10,10 +10,8 @@ import cv2
 import numpy as np
 
 from vssd_jax.data.coco_masks import rasterise
-from vssd_jax.data.decode import UnreadableImage, decode
 from vssd_jax.data.normalization import normalize
 from vssd_jax.data.sizes import fitted_size
-from vssd_jax.errors import UserError
 
 Size = tuple[int, int]  # height and width
 
@@ -42,7 +40,8 @@ def train_transform(
     The paper's 1x schedule takes the defaults, 3x `short_sides=range(480, 801, 32), crop=True`.
 
     Args:
-      element: of a `DetectionSource`.
+      element: of a `DetectionSource`, decoded. If it is `like` another, that one's size (H, W)
+        decides the shape.
       rng: the source of everything random.
       short_sides, long_side: one of the short sides is taken at random; the long side is bounded.
       crop: half of the time first resize to a short side of 400, 500 or 600 and cut out a random
@@ -57,11 +56,12 @@ def train_transform(
       image_shape: (2,) int32 height and width without the padding.
       boxes: (M, 4) float32, labels (M,) int32, valid (M,) bool.
       masks: (M, H, W / 8) uint8, a bit a pixel along the width.
+      replaced: as of `DecodedSource`.
     """
-    image = _decode(element)
-    shape = padded_shape(element["size"], shapes)
+    image = element["image"]
+    shape = padded_shape(element.get("like", image.shape[:2]), shapes)
     boxes, labels = element["boxes"].copy(), element["labels"]
-    masks = [rasterise(s, element["size"]) for s in element["segmentations"][:max_objects]]
+    masks = [rasterise(s, image.shape[:2]) for s in element["segmentations"][:max_objects]]
     boxes, labels = boxes[:max_objects], labels[:max_objects]
     if rng.random() < flip:
         image, masks = image[:, ::-1], [mask[:, ::-1] for mask in masks]
@@ -82,6 +82,7 @@ def train_transform(
         "labels": np.zeros((max_objects,), np.int32),
         "valid": np.arange(max_objects) < count,
         "masks": np.zeros((max_objects, shape[0], -(-shape[1] // 8)), np.uint8),
+        "replaced": element["replaced"],
     }
     result["boxes"][:count], result["labels"][:count] = boxes[left], labels[left]
     for packed, i in zip(result["masks"], np.flatnonzero(left), strict=False):
@@ -97,43 +98,32 @@ def eval_transform(
     long_side: int = 1333,
     shapes: Sequence[Size] | None = (LANDSCAPE, PORTRAIT),
 ) -> dict[str, Any]:
-    """An element of a `DetectionSource` for inference.
+    """An element of a `DetectionSource`, decoded, for inference.
 
-    `shapes` is as in `train_transform`; None pads to multiples of 32 only, as the authors'
-    evaluation does (batch size 1, a compilation for each shape): VSSD's global mixers see the
-    padding, so that its amount changes the scores a little.
+    `shapes` and `like` are as in `train_transform`; None pads to multiples of 32 only, as the
+    authors' evaluation does (batch size 1, a compilation for each shape): VSSD's global mixers see
+    the padding, so that its amount changes the scores a little.
 
     Returns:
-      image, image_shape as in `train_transform`, and original_shape (2,) and index (int32), the
-      element's place in the source.
+      image, image_shape, replaced as in `train_transform`, and original_shape (2,) and index
+      (int32), the element's place in the source.
     """
-    image = _decode(element)
+    image = element["image"]
+    original = image.shape[:2]
     if shapes is None:
-        height, width = size = fitted_size(element["size"], short_side, long_side)
+        height, width = size = fitted_size(original, short_side, long_side)
         shape = (-(-height // 32) * 32, -(-width // 32) * 32)
     else:
-        shape = padded_shape(element["size"], shapes)
-        size = fitted_size(element["size"], short_side, long_side, limit=shape)
+        shape = padded_shape(element.get("like", original), shapes)
+        size = fitted_size(original, short_side, long_side, limit=shape)
     image, _, _ = _resize(image, np.zeros((0, 4), np.float32), [], size)
     return {
         "image": _padded(normalize(image), shape),
         "image_shape": np.array(size, np.int32),
         "index": np.int32(element["index"]),
-        "original_shape": np.array(element["size"], np.int32),
+        "original_shape": np.array(original, np.int32),
+        "replaced": element["replaced"],
     }
-
-
-def _decode(element: dict) -> np.ndarray:
-    try:
-        image = decode(element["image"])
-    except UnreadableImage as error:
-        raise UserError(f"image {element['image_id']} cannot be decoded: {error}") from error
-    if image.shape[:2] != element["size"]:
-        raise UserError(
-            f"image {element['image_id']} is {image.shape[1]}x{image.shape[0]} pixels, its entry "
-            f"in the annotations says {element['size'][1]}x{element['size'][0]}; correct the entry"
-        )
-    return image
 
 
 def _resize(

@@ -87,7 +87,7 @@ def train_transform(
     """The recipe: random resize, crop, flip and colours; normalised and padded.
 
     Args:
-      element: of a `SegmentationSource`.
+      element: of a `SegmentationSource`, decoded.
       rng: the source of everything random.
       crop: side of the result.
       short, long: the image fits into them, times a factor drawn from `scales`.
@@ -96,7 +96,7 @@ def train_transform(
 
     Returns:
       `image` (crop, crop, 3) float32, 0 where padded; `label` (crop, crop) uint8, 255 where
-      ignored or padded.
+      ignored or padded; `replaced` as of `DecodedSource`.
     """
     image, label = element["image"], element["label"]
     factor = rng.uniform(*scales)
@@ -112,6 +112,7 @@ def train_transform(
     return {
         "image": np.pad(image, ((0, below), (0, right), (0, 0))),
         "label": np.pad(label, ((0, below), (0, right)), constant_values=IGNORE),
+        "replaced": element["replaced"],
     }
 
 
@@ -149,7 +150,8 @@ def eval_transform(
     padded with ignored pixels, which changes nothing.
 
     Args:
-      element: of a `SegmentationSource`.
+      element: of a `SegmentationSource`, decoded. If it is `like` another, that one's size (H, W)
+        decides the shapes.
       short, long: the image fits into them, times each of `ratios`.
       multiple: the resized sides are multiples of it. 1 is the paper's protocol; 32 changes the
         aspect ratio by at most 16/`short` for each side and leaves `long`/32 shapes a ratio.
@@ -157,14 +159,19 @@ def eval_transform(
 
     Returns:
       `images`: a dict `{"0": (h, w, 3) float32, "1": ...}` in the order of `ratios`; `label`
-      (H, W) uint8; `size` (2,) int32, the label's height and width before padding; `index`, int32.
+      (H, W) uint8; `size` (2,) int32, the label's height and width before padding; `index`, int32;
+      `replaced` as of `DecodedSource`.
     """
     image, label = element["image"], element["label"]
-    *sizes, padded = eval_shapes(label.shape, short, long, ratios, multiple, label_multiple)
+    like = element.get("like", label.shape)
+    *sizes, padded = eval_shapes(like, short, long, ratios, multiple, label_multiple)
+    if element["replaced"]:  # it does not count, and may have any size
+        label = np.full(like, IGNORE, np.uint8)
     below, right = padded[0] - label.shape[0], padded[1] - label.shape[1]
     return {
         "images": {str(index): normalize(_resize(image, size)) for index, size in enumerate(sizes)},
         "label": np.pad(label, ((0, below), (0, right)), constant_values=IGNORE),
         "size": np.array(label.shape, np.int32),
         "index": np.int32(element["index"]),
+        "replaced": element["replaced"],
     }

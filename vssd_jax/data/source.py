@@ -22,7 +22,8 @@ class LabelledSource(Source, Protocol):
     """A split of a dataset; this is all that classification needs.
 
     There a sample is a dict with `image`, the bytes of a file of any format that `decode` reads,
-    and `label`, an integer.
+    and `label`, an integer. It may have a `name`, for messages. A source may have a method
+    `describe_problems() -> str`, which says what it left out.
 
     Attributes:
       class_names: of the labels 0, 1, ...
@@ -43,6 +44,7 @@ class DetectionSource(LabelledSource, Protocol):
       category_ids: (classes,) the id of each label in the ground truth.
       image_ids: of the samples.
       sizes: (samples, 2) heights and widths.
+      object_counts: (samples,) numbers of objects.
     """
 
     @property
@@ -54,6 +56,9 @@ class DetectionSource(LabelledSource, Protocol):
     @property
     def sizes(self) -> np.ndarray: ...
 
+    @property
+    def object_counts(self) -> np.ndarray: ...
+
     def ground_truth(self) -> dict[str, Any]:
         """The images, annotations and categories in COCO's instances format, for pycocotools.
 
@@ -61,16 +66,12 @@ class DetectionSource(LabelledSource, Protocol):
         """
         ...
 
-    def describe_problems(self) -> str:
-        """What was left out because it is wrong; empty if nothing was."""
-        ...
-
 
 class SegmentationSource(LabelledSource, Protocol):
     """A split for semantic segmentation.
 
-    A sample is a dict with `image` (H, W, 3) uint8 RGB, `label` (H, W) uint8 with 255 where
-    ignored, and `index`, its number.
+    A sample is a dict with `image` (encoded bytes), `label` (H, W) uint8 with 255 where ignored,
+    `size` (H, W), and `index`, its number.
 
     Attributes:
       image_names: of the samples, for the files of predictions.
@@ -80,5 +81,5 @@ class SegmentationSource(LabelledSource, Protocol):
     def image_names(self) -> Sequence[str]: ...
 
     def size(self, index: Any) -> tuple[int, int]:
-        """(H, W) of a sample, without decoding it."""
+        """(H, W) of a label map, from its header; `UnreadableImage` if it is damaged."""
         ...

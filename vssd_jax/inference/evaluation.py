@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vssd_jax import strict_json
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
 from vssd_jax.host import compiler_options
@@ -29,7 +30,9 @@ def evaluate_weights(
     tta: bool = False,
     save_predictions: str | os.PathLike | None = None,
 ) -> dict[str, float]:
-    """Evaluates weights on the config's dataset and prints a report.
+    """Evaluates weights on the config's dataset and prints a report, whose last line is JSON.
+
+    Predictions are written once it is printed.
 
     Args:
       config: as of `train.py`.
@@ -74,7 +77,10 @@ def evaluate_weights(
         say(task.table)
     for name, value in metrics.items():
         say(f"{name} {value:.6g}")
-    return results | metrics
+    results |= metrics
+    say(strict_json.dumps(results))
+    task.write_predictions()
+    return results
 
 
 def measure_throughput(task: Task, model: SplitModel, arrays: Arrays, mesh: Mesh) -> float:

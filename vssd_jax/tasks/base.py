@@ -9,7 +9,10 @@ import ml_collections
 from flax import nnx
 
 from vssd_jax.data import pipeline, registry
+from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.source import LabelledSource, Source
+from vssd_jax.distributed import say
+from vssd_jax.errors import UserError
 from vssd_jax.models import family
 from vssd_jax.tasks.protocol import Batch
 
@@ -72,7 +75,29 @@ class BaseTask(Generic[SourceT]):
         return self._sources[split]
 
     def _open(self, split: str) -> SourceT:
-        return cast(SourceT, self.dataset.open(self.config, split))
+        source = self.dataset.open(self.config, split)
+        if problems := getattr(source, "describe_problems", str)():
+            say(f"left out of {problems}")
+        return cast(SourceT, source)
+
+    def _check_splits(self) -> None:
+        """Raises a UserError if the labels for training and for evaluation differ in meaning."""
+        train, val = (list(self.source(split).class_names) for split in ("train", "val"))
+        if train != val:
+            raise UserError(
+                f"the classes for training of {self.config.dataset} in {self.config.data_dir} are "
+                f"not those for evaluation: {describe_difference(train, val)}"
+            )
+
+    def write_predictions(self) -> None:
+        """Writes the predictions of an evaluation, where that was asked for; here there are none.
+
+        Called once the metrics are printed.
+        """
+
+    def decoded(self, split: str) -> DecodedSource:
+        """The samples of "train" or "val" with pixels; unreadable pictures are replaced."""
+        return DecodedSource(self.source(split), max_pixels=self.config.max_pixels)
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The fresh model, in training mode."""
@@ -88,7 +113,15 @@ class BaseTask(Generic[SourceT]):
         )
 
     def check(self, metrics: dict[str, float]) -> None:
-        """Raises a UserError if the logged averages show broken data; here it never does."""
+        """Raises a UserError if too many of the last pictures were unreadable."""
+        self._check_unreadable(metrics.get("train/unreadable", 0), "the last pictures")
+
+    def _check_unreadable(self, share: float, pictures: str) -> None:
+        if share > self.config.max_unreadable:
+            raise UserError(
+                f"{share:.1%} of {pictures} of {self.config.data_dir} are unreadable, more than "
+                f"config.max_unreadable={self.config.max_unreadable:.1%}; check the files"
+            )
 
     def _train_batches(
         self, source: Source, transform: Callable, start_step: int, *, shuffle: bool = True
@@ -114,3 +147,14 @@ class BaseTask(Generic[SourceT]):
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
         }
+
+
+def describe_difference(first: Sequence[str], second: Sequence[str]) -> str:
+    """Where two lists of class names differ first, and by how much."""
+    if len(first) != len(second):
+        return f"{len(first)} and {len(second)} classes"
+    label, (a, b) = next(
+        (i, pair) for i, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]
+    )
+    count = sum(x != y for x, y in zip(first, second, strict=True))
+    return f"label {label} is {a!r} and {b!r} ({count} of {len(first)} names differ)"

@@ -12,10 +12,8 @@ from flax import nnx
 from vssd_jax.data import normalization
 from vssd_jax.data.cached import CachedSource
 from vssd_jax.data.classification_transforms import EvalTransform, TrainTransform
-from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.source import LabelledSource, Source
 from vssd_jax.distributed import say
-from vssd_jax.errors import UserError
 from vssd_jax.models.family import Classifier
 from vssd_jax.tasks.base import BaseTask
 from vssd_jax.tasks.mixup import mixup_cutmix
@@ -45,14 +43,15 @@ class Classification(BaseTask[LabelledSource]):
     def train_batches(self, start_step: int) -> Iterator[Batch]:
         """This process's share of the batches from `start_step` on, as NumPy arrays."""
         config = self.config
-        source: Source = DecodedSource(self.source("train"))
+        self._check_splits()
+        source: Source = self.decoded("train")
         if config.cache_decoded:
             source = CachedSource(source, config.cache_decoded, num_workers=config.num_workers)
         return self._train_batches(source, self._transforms()[0], start_step)
 
     def eval_batches(self) -> Iterator[Batch]:
         """This process's share of the evaluation batches; `valid` masks the padding."""
-        return self._eval_batches(DecodedSource(self.source("val")), self._transforms()[1])
+        return self._eval_batches(self.decoded("val"), self._transforms()[1])
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """The pictures of a batch as the model takes them."""
@@ -99,17 +98,6 @@ class Classification(BaseTask[LabelledSource]):
             metrics["mesa"] = mesa_loss(logits, teacher, images, active=step >= start)
             loss += config.mesa * metrics["mesa"]
         return loss, metrics
-
-    def check(self, metrics: dict[str, float]) -> None:
-        """Raises a UserError if the averages of the last steps show broken data."""
-        self._check_unreadable(metrics["train/unreadable"], "the last pictures")
-
-    def _check_unreadable(self, share: float, pictures: str) -> None:
-        if share > self.config.max_unreadable:
-            raise UserError(
-                f"{share:.1%} of {pictures} of {self.config.data_dir} are unreadable, more than "
-                f"config.max_unreadable={self.config.max_unreadable:.1%}; check the files"
-            )
 
     def eval_step(self, model: Classifier, batch: Batch) -> dict[str, jax.Array]:
         """Sums over the images of a batch, without padding and unreadable ones."""

@@ -7,15 +7,15 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable
+import urllib.parse
+from collections.abc import Container, Iterable
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from vssd_jax.data.coco_masks import rasterise
-from vssd_jax.data.decode import decode
-from vssd_jax.data.source import DetectionSource
+from vssd_jax.data.source import DetectionSource, Source
 from vssd_jax.models.detection.masks import paste_masks
 from vssd_jax.models.family import Detections
 
@@ -75,8 +75,15 @@ def to_results(
     return results
 
 
-def evaluate(source: DetectionSource, results: list[dict]) -> dict[str, dict[str, float]]:
+def evaluate(
+    source: DetectionSource, results: list[dict], *, without: Container[int | str] = ()
+) -> dict[str, dict[str, float]]:
     """Mean average precision by pycocotools, over the images of the source.
+
+    Args:
+      source: has the ground truth.
+      results: of `to_results`.
+      without: ids of images that are left out.
 
     Returns:
       {"box": ..., "mask": ...}, each with the `NUMBERS`; -1 where there are no such objects.
@@ -93,6 +100,7 @@ def evaluate(source: DetectionSource, results: list[dict]) -> dict[str, dict[str
         truth.createIndex()
         for kind, name in KINDS.items():
             evaluation = COCOeval(truth, truth.loadRes(results_of(name, results)), name)
+            evaluation.params.imgIds = [i for i in sorted(truth.imgs) if i not in without]
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -112,6 +120,7 @@ def results_of(kind: str, results: list[dict]) -> list[dict]:
 def save_predictions(
     folder: str | os.PathLike,
     source: DetectionSource,
+    decoded: Source,
     results: list[dict],
     *,
     min_score: float = 0.3,
@@ -119,11 +128,13 @@ def save_predictions(
 ) -> None:
     """Writes `bbox.json` and `segm.json` (COCO's result format) and pictures.
 
-    The pictures are the images with boxes, masks, names and scores, as `<image id>.png`.
+    The pictures are the images with boxes, masks, names and scores, as `<image id>.png`; none for
+    an image that cannot be read.
 
     Args:
       folder: made if missing; each file is written beside its place and then renamed.
       source: where the images come from.
+      decoded: its samples with pixels, see `DecodedSource`.
       results: of `to_results`.
       min_score: of the detections that are drawn.
       max_pictures: draw the first images only.
@@ -138,11 +149,15 @@ def save_predictions(
             by_image.setdefault(result["image_id"], []).append(result)
     name = dict(zip(source.category_ids.tolist(), source.class_names, strict=True))
     for index in range(len(source))[:max_pictures]:
-        element = source[index]
-        picture = draw(decode(element["image"]), by_image.get(element["image_id"], ()), name)
+        element = decoded[index]
+        if element["replaced"]:
+            continue
+        picture = draw(element["image"], by_image.get(element["image_id"], ()), name)
         data = io.BytesIO()
         Image.fromarray(picture).save(data, "png")
-        _write(folder / f"{element['image_id']}.png", data.getvalue())
+        # An id may be any string, even a path.
+        name_of_file = urllib.parse.quote(str(element["image_id"]), safe="")
+        _write(folder / f"{name_of_file}.png", data.getvalue())
 
 
 def draw(image: np.ndarray, results: Iterable[dict], names: dict[int, str]) -> np.ndarray:

@@ -13,9 +13,9 @@ from flax import nnx
 
 from vssd_jax.config import total_steps
 from vssd_jax.data.detection_transforms import eval_transform, train_transform
-from vssd_jax.data.grouping import GroupedByOrientation
+from vssd_jax.data.grouping import Grouped, ShuffledByOrientation, by_key, is_portrait
 from vssd_jax.data.source import DetectionSource
-from vssd_jax.distributed import say
+from vssd_jax.distributed import is_main, say
 from vssd_jax.errors import UserError
 from vssd_jax.models.family import Detections, Detector
 from vssd_jax.tasks import coco_metrics
@@ -46,6 +46,7 @@ class Detection(BaseTask[DetectionSource]):
                 "config.exact_padding pads every image differently; add --config.eval_batch_size=1"
             )
         self._folder = None
+        self._results: list[dict[str, Any]] = []
         if save_predictions is not None:
             self._folder = pathlib.Path(save_predictions)
             try:  # better now than after the evaluation
@@ -53,22 +54,21 @@ class Detection(BaseTask[DetectionSource]):
             except OSError as error:
                 raise UserError(f"{self._folder} cannot be written: {error.strerror}") from error
 
-    def _open(self, split: str) -> DetectionSource:
-        source = super()._open(split)
-        if problems := source.describe_problems():
-            say(f"left out of {problems}")
-        return source
-
     def train_batches(self, start_step: int) -> Iterator[Batch]:
         """This process's share of the batches from `start_step` on, as NumPy arrays."""
         config, source = self.config, self.source("train")
+        self._check_splits()
         if not np.array_equal(source.category_ids, self.source("val").category_ids):
             raise UserError(
                 f"the categories of the training images of {config.dataset} in {config.data_dir} "
                 "are not those of the evaluation images; give both annotation files the same"
             )
-        steps = total_steps(config, len(source) // config.batch_size)
-        grouped = GroupedByOrientation(source, config.batch_size, seed=config.seed, steps=steps)
+        self._say_losses(source)
+        batch_size = config.batch_size
+        steps = total_steps(config, len(source) // batch_size)
+        grouped = ShuffledByOrientation(
+            self.decoded("train"), source.sizes, batch_size, seed=config.seed, steps=steps
+        )
         transform = functools.partial(
             train_transform,
             short_sides=tuple(config.short_sides),
@@ -80,6 +80,22 @@ class Detection(BaseTask[DetectionSource]):
         )
         return self._train_batches(grouped, transform, start_step, shuffle=False)
 
+    def _say_losses(self, source: DetectionSource) -> None:
+        """Says what of the training images is not seen, or not at its best."""
+        limit = self.config.max_objects
+        over = source.object_counts[source.object_counts > limit]
+        if len(over):
+            say(
+                f"{len(over)} training images have more than config.max_objects={limit} objects; "
+                f"{int((over - limit).sum())} objects beyond the first {limit} of each are left out"
+            )
+        portrait = int(np.count_nonzero(is_portrait(source.sizes)))
+        if 0 < portrait < len(source) and len(self.config.padded_shapes) > 1:
+            say(
+                f"{len(source) - portrait} landscape and {portrait} portrait images for training; "
+                "one batch of an epoch may mix them, and scales the fewer to the others' shape"
+            )
+
     def eval_batches(self) -> Iterator[Batch]:
         """This process's share of the evaluation batches; `valid` masks the padding images."""
         config = self.config
@@ -89,7 +105,9 @@ class Detection(BaseTask[DetectionSource]):
             long_side=config.long_side,
             shapes=None if config.exact_padding else _shapes(config),
         )
-        grouped = GroupedByOrientation(self.source("val"), config.eval_batch_size)
+        sizes = self.source("val").sizes
+        groups = by_key(is_portrait(sizes))
+        grouped = Grouped(self.decoded("val"), groups, sizes, config.eval_batch_size)
         return self._eval_batches(grouped, transform)
 
     def loss(
@@ -103,7 +121,8 @@ class Detection(BaseTask[DetectionSource]):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The sum of the five losses, and each of them."""
         losses = model.losses(batch, rngs)
-        return cast(jax.Array, sum(losses.values())), losses
+        unreadable = {"unreadable": batch["replaced"].mean()}
+        return cast(jax.Array, sum(losses.values())), losses | unreadable
 
     def eval_step(self, model: Detector, batch: Batch) -> dict[str, Any]:
         """The detections, and the rest of the batch, which says of what images they are."""
@@ -114,11 +133,17 @@ class Detection(BaseTask[DetectionSource]):
         }
 
     def summarize(self, outputs: Iterator[dict[str, Any]]) -> dict[str, float]:
-        """COCO's twelve numbers for boxes and for masks; writes the predictions if asked to."""
+        """COCO's twelve numbers for boxes and for masks.
+
+        Raises a UserError if too many pictures are unreadable.
+        """
         source = self.source("val")
         results: list[dict[str, Any]] = []
-        nonfinite = 0
+        nonfinite, unreadable = 0, set()
         for output in outputs:
+            replaced = output["valid"] & output["replaced"].astype(bool)
+            unreadable |= {source.image_ids[index] for index in output["index"][replaced]}
+            output["valid"] = output["valid"] & ~replaced
             lost = ~np.isfinite(output["detections"]["scores"]).all(1)
             nonfinite += int(np.count_nonzero(lost & output["valid"]))
             results += coco_metrics.to_results(Detections(**output["detections"]), output, source)
@@ -127,15 +152,26 @@ class Detection(BaseTask[DetectionSource]):
                 f"warning: the outputs for {nonfinite} of {len(source)} images are not finite; "
                 "nothing counts as found in them"
             )
-        if self._folder is not None and jax.process_index() == 0:
-            coco_metrics.save_predictions(
-                self._folder, source, results, max_pictures=self.config.max_pictures
-            )
-        return {
+        share = len(unreadable) / len(source)
+        self._check_unreadable(share, "the pictures for evaluation")
+        self._results = results
+        scores = coco_metrics.evaluate(source, results, without=unreadable)
+        return {"val/unreadable": share} | {
             f"val/{kind}_{name}": value
-            for kind, numbers in coco_metrics.evaluate(source, results).items()
+            for kind, numbers in scores.items()
             for name, value in numbers.items()
         }
+
+    def write_predictions(self) -> None:
+        """Writes the detections of the last evaluation and pictures of them, if asked to."""
+        if self._folder is not None and is_main():
+            coco_metrics.save_predictions(
+                self._folder,
+                self.source("val"),
+                self.decoded("val"),
+                self._results,
+                max_pictures=self.config.max_pictures,
+            )
 
 
 def _shapes(config: ml_collections.ConfigDict) -> tuple[tuple[int, int], ...]:

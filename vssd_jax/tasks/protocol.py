@@ -108,3 +108,10 @@ class Task(Protocol):
           outputs: of `eval_step` for the whole evaluation set, as NumPy arrays.
         """
         ...
+
+    def write_predictions(self) -> None:
+        """Writes the predictions of the last evaluation, where that was asked for.
+
+        Called once its metrics are printed. Raises a UserError if they cannot be written.
+        """
+        ...

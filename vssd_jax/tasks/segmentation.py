@@ -11,7 +11,8 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from vssd_jax.data.grouping import GroupedByShape
+from vssd_jax.data.decode import UnreadableImage
+from vssd_jax.data.grouping import Grouped, by_key
 from vssd_jax.data.segmentation_pictures import save_prediction
 from vssd_jax.data.segmentation_transforms import (
     IGNORE,
@@ -20,7 +21,7 @@ from vssd_jax.data.segmentation_transforms import (
     train_transform,
 )
 from vssd_jax.data.source import SegmentationSource
-from vssd_jax.distributed import say
+from vssd_jax.distributed import is_main, say
 from vssd_jax.errors import UserError
 from vssd_jax.models.family import Segmentor
 from vssd_jax.tasks import segmentation_metrics as metrics
@@ -51,9 +52,13 @@ class Segmentation(BaseTask[SegmentationSource]):
     ):
         super().__init__(config)
         self._tta, self._folder = tta, save_predictions
+        self._save_error: Exception | None = None
 
     def train_batches(self, start_step: int) -> Iterator[Batch]:
-        """This process's share of the batches from `start_step` on, as NumPy arrays."""
+        """This process's share of the batches from `start_step` on, as NumPy arrays.
+
+        Raises a UserError where there is nothing to learn from.
+        """
         config = self.config
         if self.num_classes != self.dataset_classes:
             raise UserError(
@@ -69,7 +74,10 @@ class Segmentation(BaseTask[SegmentationSource]):
             max_ratio=config.max_class_share,
             flip=config.flip,
         )
-        return self._train_batches(self.source("train"), transform, start_step)
+        self._check_splits()
+        for split in ("train", "val"):
+            _check_labels(self.source(split), f"{split} label maps of {config.data_dir}")
+        return _checked(self._train_batches(self.decoded("train"), transform, start_step))
 
     def _eval_options(self) -> dict[str, Any]:
         config = self.config
@@ -83,10 +91,21 @@ class Segmentation(BaseTask[SegmentationSource]):
         }
 
     @functools.cached_property
-    def _eval_source(self) -> GroupedByShape:
+    def _eval_source(self) -> Grouped:
         source, options = self.source("val"), self._eval_options()
-        shapes = (eval_shapes(source.size(index), **options) for index in range(len(source)))
-        return GroupedByShape(source, shapes, self.config.eval_batch_size)
+        sizes: list[tuple[int, int] | None] = []
+        for index in range(len(source)):
+            try:
+                sizes.append(source.size(index))
+            except (UnreadableImage, OSError):
+                sizes.append(None)
+        known = [size for size in sizes if size is not None]
+        if not known:
+            raise UserError(f"no label map for evaluation in {self.config.data_dir} can be read")
+        # A picture that cannot be read is replaced, and may be in any batch.
+        filled = np.array([size or known[0] for size in sizes])
+        groups = by_key(eval_shapes(size, **options) for size in filled)
+        return Grouped(self.decoded("val"), groups, filled, self.config.eval_batch_size)
 
     def eval_batches(self) -> Iterator[Batch]:
         """This process's share of the evaluation batches; `valid` masks the padding."""
@@ -104,17 +123,23 @@ class Segmentation(BaseTask[SegmentationSource]):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy of both heads."""
         outputs = model(batch["image"], rngs)
-        return metrics.segmentation_loss(
+        loss, parts = metrics.segmentation_loss(
             outputs, batch["label"], aux_weight=model.aux_weight
         )
+        return loss, {**parts, "unreadable": batch["replaced"].mean()}
 
     def eval_step(self, model: Segmentor, batch: Batch) -> dict[str, jax.Array]:
         """Confusion matrices, and for `save_predictions` the predicted labels."""
         size, shape = batch["size"], batch["label"].shape[1:]
-        label = jnp.where(batch["valid"][:, None, None], batch["label"], IGNORE)
+        replaced = batch["replaced"].astype(bool)
+        valid = batch["valid"] & ~replaced
+        label = jnp.where(valid[:, None, None], batch["label"], IGNORE)
         views = metrics.model_views(model, batch["images"], flip=self._tta and self.config.flip > 0)
         predicted = metrics.predict_labels(views[:1], size, shape)
-        outputs = {"confusion": metrics.confusion_matrix(predicted, label, self.num_classes)}
+        outputs = {
+            "confusion": metrics.confusion_matrix(predicted, label, self.num_classes),
+            "unreadable": jnp.sum(batch["valid"] & replaced),
+        }
         if self._tta:
             predicted = metrics.predict_labels(views, size, shape)
             outputs["multi_scale_confusion"] = metrics.confusion_matrix(
@@ -122,22 +147,32 @@ class Segmentation(BaseTask[SegmentationSource]):
             )
         if self._folder is not None:
             outputs["predicted"] = predicted.astype(jnp.uint8)
-            outputs |= {name: batch[name] for name in ("index", "size", "valid")}
+            outputs |= {"index": batch["index"], "size": batch["size"], "valid": valid}
         return outputs
 
     def summarize(self, outputs: Iterator[dict[str, Any]]) -> dict[str, float]:
         """mIoU, mean and pixel accuracy; writes the predictions if asked to.
 
         `table` becomes the table of the classes.
+
+        Raises a UserError if too many pictures are unreadable.
         """
         totals: dict[str, np.ndarray] = {}
+        unreadable = 0
         for output in outputs:
+            unreadable += int(output["unreadable"])
             for name, matrix in output.items():
                 if name.endswith("confusion"):
                     totals[name] = totals.get(name, 0) + matrix.astype(np.int64)
-            if self._folder is not None and jax.process_index() == 0:
-                self._save(self._folder, output)
-        results: dict[str, float] = {}
+            # The metrics are worth more than the pictures, and come first.
+            if self._folder is not None and self._save_error is None and is_main():
+                try:
+                    self._save(self._folder, output)
+                except Exception as error:
+                    self._save_error = error
+        share = unreadable / len(self.source("val"))
+        self._check_unreadable(share, "the pictures for evaluation")
+        results: dict[str, float] = {"val/unreadable": share}
         for name, total in totals.items():
             prefix = name.removesuffix("confusion")
             if undecided := int(total[:, -1].sum()):
@@ -150,14 +185,57 @@ class Segmentation(BaseTask[SegmentationSource]):
             self.table = metrics.format_per_class(total, self.class_names)
         return results
 
+    def write_predictions(self) -> None:
+        """Raises what kept `summarize` from writing the predictions."""
+        if self._save_error is not None:
+            error = self._save_error
+            if not isinstance(error, UserError):
+                raise UserError(f"{self._folder} cannot be written: {error}") from error
+            raise error
+
     def _save(self, folder: str | os.PathLike, output: dict[str, Any]) -> None:
-        source = self.source("val")
+        source, decoded = self.source("val"), self.decoded("val")
         for i in np.flatnonzero(output["valid"]):
             index, (height, width) = output["index"][i], output["size"][i]
             save_prediction(
                 folder,
                 source.image_names[index],
-                source[index]["image"],
+                decoded[index]["image"],
                 output["predicted"][i, :height, :width],
                 self.class_names,
             )
+
+
+def _checked(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Raises a UserError if nothing is to be learned from the first batch."""
+    first = next(batches)
+    if (first["label"] == IGNORE).all():
+        raise UserError(
+            "every pixel of the first batch is ignored: label 0 is no class, and 1 is the first"
+        )
+    yield first
+    yield from batches
+
+
+def _check_labels(source: SegmentationSource, what: str) -> None:
+    """Raises a UserError if the label maps have fewer than two classes in all.
+
+    It reads only until it has found two.
+    """
+    classes: set[int] = set()
+    for index in range(len(source)):
+        try:
+            classes |= set(np.unique(source[index]["label"]).tolist()) - {IGNORE}
+        except (UnreadableImage, OSError):
+            continue
+        if len(classes) > 1:
+            return
+    if not classes:
+        raise UserError(
+            f"every pixel of the {what} is ignored: label 0 is no class, and 1 is the first"
+        )
+    raise UserError(
+        f"all pixels of the {what} that count are of one class, "
+        f"{source.class_names[classes.pop()]!r}: there is nothing to tell apart. Label 0 is no "
+        "class and ignored, 1 is the first class, 2 the second"
+    )

@@ -6,6 +6,7 @@ from PIL import Image
 
 from vssd_jax import UserError
 from vssd_jax.data.datasets import ade20k
+from vssd_jax.data.decode import DecodedSource, UnreadableImage
 
 CLASSES = ("wall", "sky", "tree", "road")
 
@@ -31,21 +32,35 @@ def test_reads_pairs_in_order_and_shifts_the_labels(tmp_path):
     source = ade20k.ADE20K(tmp_path, "training", class_names=CLASSES)
     assert source.image_names == ["a", "b"]
     assert [source[i]["index"] for i in range(len(source))] == [0, 1]
-    element = source[1]
+    element = DecodedSource(source)[1]
     assert element["image"].shape == (12, 20, 3)
     assert element["image"].dtype == element["label"].dtype == np.uint8
+    assert not source.describe_problems()
     assert element["label"][0, :6].tolist() == [255, 0, 1, 2, 3, 255]
     assert element["label"][1, 3] == 255
     assert element["label"][2, 2] == 0
     assert source.size(1) == (12, 20)
 
 
-def test_images_are_rgb(tmp_path):
-    image, label = blank()
-    image[:] = (200, 40, 10)
-    write_pair(tmp_path, "a", image, label)
-    got = ade20k.ADE20K(tmp_path, "training", class_names=CLASSES)[0]["image"]
-    assert np.abs(got.astype(int) - (200, 40, 10)).max() <= 3  # JPEG
+def test_files_that_are_not_read_are_counted(tmp_path):
+    write_pair(tmp_path, "a", *blank())
+    for name in ("b.JPG", "c.jpeg", ".hidden"):
+        (tmp_path / "images" / "training" / name).touch()
+    problems = ade20k.ADE20K(tmp_path, "training", class_names=CLASSES).describe_problems()
+    assert problems.endswith("by their endings: 1 x .JPG, 1 x .jpeg")
+
+
+@pytest.mark.parametrize(("shape", "turned"), [((20, 12), True), ((12, 20), False)])
+def test_the_label_map_decides_which_way_up_a_photograph_is(tmp_path, shape, turned):
+    image, _ = blank()
+    image[:6] = 200
+    write_pair(tmp_path, "a", image, np.full(shape, 1, np.uint8))
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    Image.fromarray(image).save(tmp_path / "images" / "training" / "a.jpg", exif=tags)
+    got = DecodedSource(ade20k.ADE20K(tmp_path, "training", class_names=CLASSES))[0]["image"]
+    upright = np.rot90(image, -1) if turned else image
+    assert np.abs(got.astype(int) - upright).max() < 8  # JPEG
 
 
 def test_missing_pairs_and_folders_are_named(tmp_path):
@@ -75,7 +90,6 @@ def _palette(label):
 @pytest.mark.parametrize(
     ("label", "message", "in_header"),
     [
-        (blank(20, 12)[1], "has 12x20 pixels and its image 20x12", True),
         (blank(value=len(CLASSES) + 1)[1], "holds the label 5; it must lie in 0 to 4", False),
         (_palette(blank()[1]), "is a palette PNG", True),
         (blank()[0], "is a PNG of mode RGB", True),
@@ -92,15 +106,28 @@ def test_bad_label_maps_are_named(tmp_path, label, message, in_header):
             source.size(0)
 
 
+def test_pairs_of_different_sizes_are_named(tmp_path):
+    write_pair(tmp_path, "a", blank()[0], blank(20, 13)[1])
+    source = DecodedSource(ade20k.ADE20K(tmp_path, "training", class_names=CLASSES))
+    with pytest.raises(UserError, match=r"a\.jpg \(with .*a\.png\) is 20x12 pixels, .* for 13x20"):
+        source[0]
+
+
 @pytest.mark.parametrize("kind", ["images/training/a.jpg", "annotations/training/a.png"])
 @pytest.mark.parametrize("content", [b"", b"no picture", None])
-def test_damaged_files_are_named(tmp_path, kind, content):
-    write_pair(tmp_path, "a", *blank(64, 64))
+def test_damaged_files_are_replaced(tmp_path, kind, content, capfd, monkeypatch):
+    monkeypatch.setattr("vssd_jax.data.decode._named", 0)
+    for name in "ab":
+        write_pair(tmp_path, name, *blank(64, 64))
     path = tmp_path / kind
     path.write_bytes(path.read_bytes()[:60] if content is None else content)
     source = ade20k.ADE20K(tmp_path, "training", class_names=CLASSES)
-    with pytest.raises(UserError, match=kind):
-        source[0]
+    element = DecodedSource(source)[0]
+    assert (element["replaced"], element["index"], element["image"].shape) == (1, 0, (64, 64, 3))
+    assert kind in capfd.readouterr().err
+    if kind.startswith("annotations") and content is not None:
+        with pytest.raises(UnreadableImage, match=kind):
+            source.size(0)
 
 
 def test_the_150_classes_differ():

@@ -1,5 +1,6 @@
 """COCO's instances: elements, and bad annotations and files."""
 
+import json
 import pickle
 
 import numpy as np
@@ -9,7 +10,7 @@ from tests.data.coco_files import SIZE, annotation, rectangle, rle, write
 from vssd_jax import UserError
 from vssd_jax.data.coco_masks import rasterise
 from vssd_jax.data.datasets.coco import CocoSource
-from vssd_jax.data.detection_transforms import eval_transform
+from vssd_jax.data.decode import DecodedSource
 
 GOOD = [
     annotation(1),
@@ -44,17 +45,20 @@ def test_training_leaves_out_images_without_objects(tmp_path):
 
 
 BAD = {
-    "outside": annotation(50, box=(70, 8, 20, 16)),
+    "the box is outside": annotation(50, box=(70, 8, 20, 16)),
     "zero area": annotation(50, box=(10, 8, 0, 16)),
-    "area 0": annotation(50, area=0),
-    "unknown category 99": annotation(50, category=99),
+    "zero area: box [10, 8, 20, 16], area 0": annotation(50, area=0),
+    "unknown category: 99": annotation(50, category=99),
     "not four numbers": annotation(50) | {"bbox": [1, 2, 3]},
-    "not four numbers: [1, 2, nan, 4]": annotation(50) | {"bbox": [1, 2, float("nan"), 4]},
+    "the box is not finite": annotation(50) | {"bbox": [1, 2, float("nan"), 4]},
+    "the box is no list of numbers": annotation(50) | {"bbox": None},
     "no mask": annotation(50, segmentation=[]),
-    "polygon": annotation(50, segmentation=[[1, 2, 3, 4]]),
-    "its runs": annotation(50, segmentation={"size": list(SIZE), "counts": [10, 20]}),
+    "a polygon is not three": annotation(50, segmentation=[[1, 2, 3, 4]]),
+    "broken RLE: its runs": annotation(50, segmentation={"size": list(SIZE), "counts": [10, 20]}),
     "broken RLE": annotation(50, segmentation={"size": list(SIZE), "counts": "2^o`"}),
     "its size": annotation(50, segmentation=rle(np.ones((5, 5)))),
+    "iscrowd is neither 0 nor 1": annotation(50, iscrowd=2),
+    "the area is no number": annotation(50, area="large"),
 }
 
 
@@ -63,8 +67,8 @@ def test_bad_annotations_are_named_and_left_out_or_refused(tmp_path, problem):
     paths = write(tmp_path, [*GOOD, BAD[problem]])
     source = CocoSource(*paths)
     assert len(source.problems) == 1
-    assert source.problems[0].startswith("image 1, annotation 50: ")
-    assert problem in source.problems[0]
+    assert str(source.problems[0]).startswith("image 1, annotation 50: ")
+    assert problem in str(source.problems[0])
     assert "annotation 50" in source.describe_problems()
     assert len(source[0]["labels"]) == 3
     with pytest.raises(UserError, match="image 1, annotation 50: "):
@@ -75,9 +79,9 @@ def test_missing_files_and_images_are_named(tmp_path):
     paths = write(tmp_path, [*GOOD, annotation(50, image=77)], files=(1, 2))
     source = CocoSource(*paths)
     assert source.image_ids == [1, 2]
-    assert source.problems == [
-        "image 3: the file 3.png is missing",
+    assert list(map(str, source.problems)) == [
         "image 77, annotation 50: the image is not in the list of images",
+        "image 3: the file 3.png is missing",
     ]
     with pytest.raises(UserError, match=r"3\.png is missing"):
         CocoSource(*paths, bad_annotations="refuse")
@@ -88,7 +92,7 @@ def test_broken_files(tmp_path):
     for text, message in (
         ("{", "is no JSON"),
         ("[]", "has no list 'images'"),
-        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "lacks file_name"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "has no categories"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -98,6 +102,64 @@ def test_broken_files(tmp_path):
     _, path = write(tmp_path, GOOD)
     with pytest.raises(UserError, match="is no folder"):
         CocoSource(tmp_path / "missing", path)
+
+
+def test_the_reasons_are_given_where_nothing_is_left(tmp_path):
+    crowds = [annotation(i, iscrowd=1) for i in range(1, 4)]
+    boxes = [annotation(i, segmentation=[]) for i in range(4, 40)]
+    paths = write(tmp_path, crowds + boxes)
+    with pytest.raises(UserError) as error:
+        CocoSource(*paths, training=True)
+    for reason in (
+        "has no usable images with objects",
+        "3 crowds",
+        "3 images without objects (config.filter_empty=False trains on them)",
+        "image 1, annotation 4: no mask",
+        "and 16 more. In all: 36 x no mask",
+    ):
+        assert reason in str(error.value)
+
+
+def test_images_without_objects_can_be_trained_on(tmp_path):
+    source = CocoSource(*write(tmp_path, GOOD), training=True, filter_empty=False)
+    assert source.image_ids == [1, 2, 3]
+    np.testing.assert_array_equal(source.object_counts, [3, 0, 1])
+    assert "1 crowds" in source.describe_problems()
+    some = CocoSource(*write(tmp_path, GOOD), training=True)
+    assert "1 images without objects" in some.describe_problems()
+
+
+def test_good_polygons_stay(tmp_path):
+    polygon = annotation(1)["segmentation"][0]
+    odd = annotation(50, segmentation=[polygon, [1, 2, 3], polygon])
+    source = CocoSource(*write(tmp_path, [odd]))
+    assert source[0]["segmentations"] == [[polygon, polygon]]
+    assert "annotation 50: a polygon is not three" in source.describe_problems()
+    assert source.ground_truth()["annotations"][0]["segmentation"] == [polygon, polygon]
+    with pytest.raises(UserError, match="annotation 50"):
+        CocoSource(*write(tmp_path, [odd]), bad_annotations="refuse")
+
+
+def test_names_with_backslashes_and_upright_sizes(tmp_path):
+    images, path = write(tmp_path, GOOD)
+    (images / "inner").mkdir()
+    (images / "1.png").rename(images / "inner" / "1.png")
+    data = json.loads(path.read_text())
+    data["images"][0]["file_name"] = "inner\\1.png"
+    path.write_text(json.dumps(data), encoding="utf-8-sig")
+    source = CocoSource(images, path)
+    assert not source.problems
+    assert source[0]["image"][:4] == b"\x89PNG"
+
+
+def test_an_unreadable_picture_is_replaced(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("vssd_jax.data.decode._named", 0)
+    images, path = write(tmp_path, GOOD)
     (images / "1.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="image 1 cannot be decoded"):
-        eval_transform(CocoSource(images, path)[0])
+    (images / "2.png").unlink()
+    (images / "2.png").symlink_to("nowhere")
+    element = DecodedSource(CocoSource(images, path))[0]
+    assert (element["replaced"], element["index"], element["image_id"]) == (1, 0, 3)
+    said = capfd.readouterr().err
+    assert "image 1 (" in said
+    assert "2.png" in said

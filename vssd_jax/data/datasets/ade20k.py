@@ -4,19 +4,21 @@
     ROOT/annotations/{training,validation}/*.png
 
 A label map is an 8-bit greyscale PNG of its image's size: 0 is "other" and ignored, n is
-class n - 1. Images are (H, W, 3) uint8 RGB, labels (H, W) uint8 with 255 where ignored.
+class n - 1. Labels are (H, W) uint8 with 255 where ignored.
 """
 
+import collections
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import ml_collections
 import numpy as np
 from PIL import Image
 
+from vssd_jax.data.decode import MAX_PIXELS, UnreadableImage, open_image
+from vssd_jax.data.endings import describe_endings
 from vssd_jax.data.registry import Dataset
 from vssd_jax.data.segmentation_transforms import IGNORE
 from vssd_jax.errors import UserError
@@ -43,35 +45,20 @@ CLASSES = (
 )  # fmt: skip
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """A picture as (H, W, 3) uint8 RGB, in the orientation of its stored pixels.
-
-    Raises:
-      UserError: it cannot be read or decoded.
-    """
-    try:
-        encoded = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(encoded, flags) if encoded.size else None
-    if image is None:
-        raise UserError(f"{path} is not a picture or is damaged; copy it again")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def read_labels(path: str | os.PathLike, num_classes: int) -> np.ndarray:
+def read_labels(
+    path: str | os.PathLike, num_classes: int, *, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """A label map: 0 becomes 255 (ignored), 1 to `num_classes` become 0 to `num_classes` - 1.
 
     Raises:
+      UnreadableImage: it is damaged, or has more pixels than `max_pixels`.
       UserError: it is not an 8-bit greyscale PNG, or holds other values.
     """
-    try:
-        with Image.open(path) as png:
-            _check_mode(path, png)
+    with _open_labels(path, max_pixels) as png:
+        try:
             labels = np.array(png)
-    except (OSError, SyntaxError) as error:  # Pillow raises both for damaged files
-        raise UserError(f"{path} cannot be read as a PNG: {error}") from error
+        except Exception as error:  # of many kinds, see `decode`
+            raise UnreadableImage(f"{path}: {type(error).__name__}: {error}") from error
     if (wrong := (labels > num_classes) & (labels != IGNORE)).any():
         value = labels[wrong].max()
         raise UserError(
@@ -81,13 +68,18 @@ def read_labels(path: str | os.PathLike, num_classes: int) -> np.ndarray:
     return np.where((labels == 0) | (labels == IGNORE), IGNORE, labels - 1).astype(np.uint8)
 
 
-def _check_mode(path: str | os.PathLike, png: Image.Image) -> None:
+def _open_labels(path: str | os.PathLike, max_pixels: int) -> Image.Image:
+    try:
+        png = open_image(pathlib.Path(path).read_bytes(), max_pixels=max_pixels)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"{path}: {error}") from error
     if png.mode != "L":
         kind = {"P": "a palette PNG"}.get(png.mode, f"a PNG of mode {png.mode}")
         raise UserError(
             f"{path} is {kind}; label maps are 8-bit greyscale PNGs whose pixels are the class "
             "numbers"
         )
+    return png
 
 
 class ADE20K:
@@ -97,20 +89,26 @@ class ADE20K:
       root: the folder that holds `images` and `annotations`.
       split: "training" or "validation".
       class_names: as many as the greatest number in the label maps.
+      max_pixels: of a label map.
 
     Attributes:
       image_names: the names of the files, without suffix.
 
     Raises:
-      UserError: folders or pairs are missing. Elements raise it for a label map of another size
-        than its image, and as `read_image` and `read_labels` do.
+      UserError: folders or pairs are missing. Elements raise what `read_labels` does, and OSError.
     """
 
     def __init__(
-        self, root: str | os.PathLike, split: str, *, class_names: Sequence[str] = CLASSES
+        self,
+        root: str | os.PathLike,
+        split: str,
+        *,
+        class_names: Sequence[str] = CLASSES,
+        max_pixels: int = MAX_PIXELS,
     ):
         self._root, self._split = pathlib.Path(root), split
-        self.class_names = class_names
+        self.class_names, self._max_pixels = class_names, max_pixels
+        self._ignored: dict[str, collections.Counter] = {}
         images = self._names("images", ".jpg")
         labels = self._names("annotations", ".png")
         for folder, other, names in (
@@ -132,50 +130,48 @@ class ADE20K:
     def _names(self, folder: str, suffix: str) -> set[str]:
         path = self._root / folder / self._split
         try:
-            names = {entry[: -len(suffix)] for entry in os.listdir(path) if entry.endswith(suffix)}
+            entries = [entry for entry in os.listdir(path) if not entry.startswith(".")]
         except OSError as error:
             raise UserError(
                 f"{path} cannot be listed ({error.strerror}); give the folder of "
                 "ADEChallengeData2016, with images and annotations"
             ) from error
+        names = {entry.removesuffix(suffix) for entry in entries if entry.endswith(suffix)}
+        self._ignored[str(path)] = collections.Counter(
+            pathlib.Path(entry).suffix for entry in entries if not entry.endswith(suffix)
+        )
         if not names:
             raise UserError(f"{path} holds no {suffix} files")
         return names
+
+    def describe_problems(self) -> str:
+        """The numbers of files that are not read, by their endings; empty if there are none."""
+        return "; ".join(
+            f"{path}: {describe_endings(endings)}"
+            for path, endings in self._ignored.items()
+            if endings
+        )
 
     def __len__(self) -> int:
         return len(self.image_names)
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
         name = self.image_names[index]
-        image = read_image(self._path("images", name))
-        path = self._path("annotations", name)
-        label = read_labels(path, len(self.class_names))
-        self._check_size(path, label.shape, image.shape[:2])
-        return {"image": image, "label": label, "index": index}
+        path, labels = self._path("images", name), self._path("annotations", name)
+        label = read_labels(labels, len(self.class_names), max_pixels=self._max_pixels)
+        return {
+            "image": path.read_bytes(),
+            "name": f"{path} (with {labels})",
+            "label": label,
+            "size": label.shape,
+            "index": index,
+        }
 
     def size(self, index: Any) -> tuple[int, int]:
-        """(H, W) of an element, from the headers of its files alone."""
-        name, sizes = self.image_names[index], []
-        for folder in ("images", "annotations"):
-            path = self._path(folder, name)
-            try:
-                with Image.open(path) as header:
-                    if folder == "annotations":
-                        _check_mode(path, header)
-                    width, height = header.size
-                    sizes.append((height, width))
-            except (OSError, SyntaxError) as error:
-                raise UserError(f"{path} is not a picture or is damaged; copy it again") from error
-        self._check_size(path, sizes[1], sizes[0])
-        return sizes[0]
-
-    @staticmethod
-    def _check_size(path: pathlib.Path, label: tuple[int, ...], image: tuple[int, ...]) -> None:
-        if label != image:
-            raise UserError(
-                f"{path} has {label[1]}x{label[0]} pixels and its image {image[1]}x{image[0]}; "
-                "they must be the same size"
-            )
+        """(H, W) of a label map, from its header alone."""
+        path = self._path("annotations", self.image_names[index])
+        with _open_labels(path, self._max_pixels) as png:
+            return png.height, png.width
 
 
 SPLITS = {"train": "training", "val": "validation"}  # ours -> ADE20K's
@@ -183,7 +179,7 @@ SPLITS = {"train": "training", "val": "validation"}  # ours -> ADE20K's
 
 def open_split(config: ml_collections.ConfigDict, split: str) -> ADE20K:
     """ADE20K's "train" or "val" in `config.data_dir`."""
-    return ADE20K(config.data_dir, SPLITS[split])
+    return ADE20K(config.data_dir, SPLITS[split], max_pixels=config.max_pixels)
 
 
 DATASET = Dataset("ade20k", "segmentation", open_split, class_names=CLASSES)

@@ -74,6 +74,7 @@ def open_split(config: ml_collections.ConfigDict, split: str) -> CocoSource:
         folder / name,
         folder / "annotations" / f"instances_{name}.json",
         training=split == "train",
+        filter_empty=config.filter_empty,
         bad_annotations=config.bad_annotations,
     )
 

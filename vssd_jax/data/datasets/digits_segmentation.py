@@ -81,7 +81,9 @@ def prepare(data_dir: str | os.PathLike) -> pathlib.Path:
 
 def open_split(config: ml_collections.ConfigDict, split: str) -> ADE20K:
     """The scenes of "train" or "val" in `config.data_dir`, written at the first call."""
-    return ADE20K(prepare(config.data_dir), SPLITS[split], class_names=CLASSES)
+    return ADE20K(
+        prepare(config.data_dir), SPLITS[split], class_names=CLASSES, max_pixels=config.max_pixels
+    )
 
 
 DATASET = Dataset("digits_segmentation", "segmentation", open_split, class_names=CLASSES)
