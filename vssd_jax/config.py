@@ -1,12 +1,12 @@
 """The fields that every run has, with their defaults; configs/ fills in the rest."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
 
-from vssd_jax.errors import UserError
+from vssd_jax.errors import UserError, did_you_mean
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -168,16 +168,28 @@ def imagenet_config() -> ml_collections.ConfigDict:
 # --- Checks -------------------------------------------------------------------------------------
 
 
+_DICT = (Mapping, ml_collections.ConfigDict)
+_LARGEST = 2**31 - 1  # of whole numbers: steps are counted in int32
+_LARGEST_SIDE = 16384  # of pictures, in pixels
+_LARGEST_FLOAT = 1e30  # the state is float32
+
+
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and abs(value) <= _LARGEST_FLOAT
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _count(value: Any) -> bool:
     return _whole(value) and value >= 1
+
+
+def _side(value: Any) -> bool:
+    return _count(value) and value <= _LARGEST_SIDE
 
 
 def _share(value: Any) -> bool:
@@ -188,10 +200,22 @@ def _pair(value: Any) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2
 
 
+def _list(value: Any) -> bool:
+    return isinstance(value, tuple | list)
+
+
 def _one_of(*choices: str) -> tuple[str, Callable[[Any], bool]]:
     return f"one of {', '.join(choices)}", lambda value: value in choices
 
 
+def _mesh(value: Any) -> bool:
+    if not isinstance(value, _DICT):
+        return False
+    sizes = list(value.values())
+    return sizes.count(-1) <= 1 and all(size == -1 or _count(size) for size in sizes)
+
+
+_TEXT = ("a text that is not empty", lambda value: isinstance(value, str) and value.strip() != "")
 _AT_LEAST_1 = ("a whole number of at least 1", _count)
 _NOT_NEGATIVE = ("0 or more", lambda value: _number(value) and value >= 0)
 _WHOLE_NOT_NEGATIVE = ("a whole number of 0 or more", lambda value: _whole(value) and value >= 0)
@@ -199,23 +223,24 @@ _POSITIVE = ("greater than 0", lambda value: _number(value) and value > 0)
 _SHARE = ("from 0 to 1", _share)
 _BELOW_1 = ("0 or more and less than 1", lambda value: _share(value) and value < 1)
 _SWITCH = ("True or False", lambda value: isinstance(value, bool))
-_SIZE = ("a height and a width of at least 1", lambda v: _pair(v) and all(map(_count, v)))
+_SIDE = (f"a whole number of pixels from 1 to {_LARGEST_SIDE}", _side)
+_SIZE = ("a height and a width of at least 1", lambda v: _pair(v) and all(map(_side, v)))
 
 # Field -> what is allowed, in words and as a test.
 _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
         (
-            "num_classes", "image_size", "batch_size", "eval_batch_size", "accumulate", "epochs",
+            "num_classes", "batch_size", "eval_batch_size", "accumulate", "epochs",
             "steps", "learning_rate_batch", "max_nonfinite", "eval_every_epochs",
-            "save_every_steps", "log_every_steps", "short_side", "long_side", "size_multiple",
-            "max_objects", "max_pixels",
+            "save_every_steps", "log_every_steps", "max_objects", "max_pixels",
         ),
         _AT_LEAST_1,
     ),
+    **dict.fromkeys(("image_size", "short_side", "long_side", "size_multiple"), _SIDE),
     **dict.fromkeys(
-        ("seed", "num_workers", "warmup_steps", "mesa_start_epoch", "max_pictures"),
-        _WHOLE_NOT_NEGATIVE,
+        ("seed", "warmup_steps", "mesa_start_epoch", "max_pictures"), _WHOLE_NOT_NEGATIVE
     ),
+    "num_workers": ("a whole number from 0 to 1024", lambda v: _whole(v) and 0 <= v <= 1024),
     **dict.fromkeys(
         (
             "min_learning_rate", "warmup_learning_rate", "warmup_epochs", "weight_decay",
@@ -230,25 +255,57 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "betas": ("two numbers from 0 to below 1", lambda v: _pair(v) and all(map(_BELOW_1[1], v))),
     **dict.fromkeys(("remat", "crop", "exact_padding", "filter_empty"), _SWITCH),
     "image_shape": _SIZE,
-    "padded_shapes": ("one or more pairs of height and width", lambda v: v and all(
-        _SIZE[1](shape) for shape in v
-    )),
-    "short_sides": ("one or more lengths of at least 1", lambda v: v and all(map(_count, v))),
+    "padded_shapes": (
+        "one or more pairs of height and width",
+        lambda v: _list(v) and len(v) > 0 and all(_SIZE[1](shape) for shape in v),
+    ),
+    "short_sides": (
+        "one or more lengths of at least 1",
+        lambda v: _list(v) and len(v) > 0 and all(map(_side, v)),
+    ),
     "scales": (
         "two factors greater than 0, the smaller first",
         lambda v: _pair(v) and all(map(_POSITIVE[1], v)) and v[0] <= v[1],
     ),
     "tta_ratios": (
-        "one or more factors greater than 0", lambda v: v and all(map(_POSITIVE[1], v))
+        "one or more factors greater than 0",
+        lambda v: _list(v) and len(v) > 0 and all(map(_POSITIVE[1], v)),
     ),
     "decay_epochs": (
         "growing numbers greater than 0",
-        lambda v: all(map(_POSITIVE[1], v)) and list(v) == sorted(set(v)),
+        lambda v: _list(v) and all(map(_POSITIVE[1], v)) and list(v) == sorted(set(v)),
     ),
+    **dict.fromkeys(
+        (
+            "task", "model", "dataset", "data_dir", "implementation", "init_from",
+            "cache_decoded",
+        ),
+        _TEXT,
+    ),
+    **dict.fromkeys(
+        ("model_options", "augmentation"), ("a dict of fields", lambda v: isinstance(v, _DICT))
+    ),
+    "mesh": ("a size of at least 1 for each axis, of which one may be -1", _mesh),
+    "profile_steps": ("a text", lambda value: isinstance(value, str)),
     "dtype": _one_of("float32", "bfloat16", "float64"),
     "schedule": _one_of("cosine", "linear", "steps"),
     "no_decay": _one_of("vectors", "norms"),
     "bad_annotations": _one_of("skip", "refuse"),
+}  # fmt: skip
+_RANGE = (
+    "two numbers greater than 0, the smaller first",
+    lambda v: _pair(v) and all(map(_POSITIVE[1], v)) and v[0] <= v[1],
+)
+# The same for the fields of `config.augmentation`.
+_AUGMENTATION: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("crop_area", "erase_area"), (
+        "two shares greater than 0, the smaller first", lambda v: _RANGE[1](v) and v[1] <= 1,
+    )),
+    **dict.fromkeys(("crop_aspect", "erase_aspect"), _RANGE),
+    **dict.fromkeys(("flip_probability", "erase_probability"), _SHARE),
+    "randaugment_num_ops": ("a whole number from 0 to 100", lambda v: _whole(v) and 0 <= v <= 100),
+    "randaugment_magnitude": ("from 0 to 10", lambda v: _number(v) and 0 <= v <= 10),
+    "randaugment_magnitude_std": _NOT_NEGATIVE,
 }  # fmt: skip
 # Fields that may be None.
 OPTIONAL = frozenset(
@@ -261,15 +318,32 @@ OPTIONAL = frozenset(
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises a UserError for the first field whose value cannot be used."""
-    for name, (words, allowed) in _ALLOWED.items():
-        if name not in config:
+    _check(config, _ALLOWED, "config")
+    augmentation = config.get("augmentation", {})
+    for name in augmentation:
+        if name not in _AUGMENTATION:
+            near = did_you_mean(str(name), _AUGMENTATION)
+            raise UserError(f"config.augmentation has no field {name!r}{near}")
+    _check(augmentation, _AUGMENTATION, "config.augmentation")
+
+
+def _check(
+    fields: Mapping[str, Any] | ml_collections.ConfigDict,
+    rules: dict[str, tuple[str, Callable[[Any], bool]]],
+    prefix: str,
+) -> None:
+    for name, (words, allowed) in rules.items():
+        if name not in fields:
             continue
-        value = config[name]
+        value = fields[name]
         if value is None and name in OPTIONAL:
             continue
         if not allowed(value):
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                words += f" and at most {_LARGEST}"
             optional = ", or None" if name in OPTIONAL else ""
-            raise UserError(f"config.{name}={value!r} must be {words}{optional}")
+            shown = " ".join(repr(value).split())  # a ConfigDict has several lines
+            raise UserError(f"{prefix}.{name}={shown[:200]} must be {words}{optional}")
 
 
 def total_steps(config: ml_collections.ConfigDict, steps_per_epoch: int) -> int:

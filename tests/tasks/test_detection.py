@@ -262,7 +262,7 @@ def test_what_is_wrong_with_the_data_is_said(data_dir, tmp_path, capsys):
     for name, dataset in zip(names, (train_set, val_set), strict=True):
         (annotations / name).write_text(json.dumps(dataset))
     config.data_dir = str(tmp_path)
-    with pytest.raises(UserError, match="the classes for training of coco .*: 11 and 10 classes"):
+    with pytest.raises(UserError, match=r"the classes for training of coco .*: 11 and 10 classes"):
         next(Detection(config).train_batches(0))
     assert "left out of" in (printed := capsys.readouterr().out)
     assert "image 0, annotation 1: unknown category: 77" in printed

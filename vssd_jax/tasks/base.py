@@ -81,7 +81,15 @@ class BaseTask(Generic[SourceT]):
         return cast(SourceT, source)
 
     def _check_splits(self) -> None:
-        """Raises a UserError if the labels for training and for evaluation differ in meaning."""
+        """Raises a UserError if labels differ in meaning between training and evaluation.
+
+        Or if the model has no class for some of them.
+        """
+        if self.num_classes < self.dataset_classes:
+            raise UserError(
+                f"config.num_classes={self.num_classes}, and {self.config.dataset} in "
+                f"{self.config.data_dir} has {self.dataset_classes} classes"
+            )
         train, val = (list(self.source(split).class_names) for split in ("train", "val"))
         if train != val:
             raise UserError(
