@@ -19,9 +19,13 @@ OUTPUT = flags.DEFINE_string("output", None, "The weights folder (with --reverse
 MODEL = flags.DEFINE_string(
     "model", None, "The model's name, for example vssd_tiny; recognised if left out."
 )
-WEIGHTS = flags.DEFINE_enum(
-    "weights", None, ["model", "ema"], "Which of a file's two; default: the EMA where it has one."
+WEIGHTS = flags.DEFINE_string(
+    "weights",
+    None,
+    "Which of a file's models: 'model', 'ema', or the name of an entry such as 'teacher'; "
+    "default: the EMA where it has one.",
 )
+ALLOW_NONFINITE = flags.DEFINE_bool("allow_nonfinite", False, "Let NaN and infinity pass.")
 OVERRIDES = flags.DEFINE_string(
     "overrides", "{}", "Fields of the model's config as JSON, e.g. '{\"token_weight_sign\": -1}'."
 )
@@ -47,6 +51,7 @@ def main() -> None:
             model=MODEL.value,
             which=WEIGHTS.value,
             overrides=overrides,
+            allow_nonfinite=ALLOW_NONFINITE.value,
             reverse=REVERSE.value,
         )
     )

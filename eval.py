@@ -17,6 +17,7 @@ cli.define_config()
 cli.define_processes()
 WEIGHTS = flags.DEFINE_string("weights", None, "What to evaluate, see above.")
 THROUGHPUT = flags.DEFINE_bool("throughput", False, "Measure the images per second as well.")
+ALLOW_NONFINITE = flags.DEFINE_bool("allow_nonfinite", False, "Evaluate NaN and infinity too.")
 TTA = flags.DEFINE_bool("tta", False, "Segmentation: average over scaled and mirrored images.")
 SAVE = flags.DEFINE_string(
     "save_predictions", None, "Detection, segmentation: a folder for predictions and pictures."
@@ -35,6 +36,7 @@ def main() -> None:
     evaluate_weights(
         config,
         WEIGHTS.value,
+        allow_nonfinite=ALLOW_NONFINITE.value,
         throughput=THROUGHPUT.value,
         tta=TTA.value,
         save_predictions=SAVE.value,

@@ -160,6 +160,23 @@ def test_another_number_of_classes_leaves_the_classifier_fresh(model, folder):
         np.testing.assert_array_equal(value, source[name])
 
 
+def test_weights_without_a_head(model, tmp_path, capsys):
+    state = {n: v for n, v in get_state(model).items() if not n.startswith("head.")}
+    write_folder(tmp_path / "w", Weights("vssd_nano", 0, {}, state))
+    features = vssd_jax.create_model("vssd_nano", weights=tmp_path / "w")
+    assert features.num_classes == 0
+    assert "w has no head: the model gives the pooled features" in capsys.readouterr().out
+    fresh = vssd_jax.create_model("vssd_nano", weights=tmp_path / "w", num_classes=7)
+    assert fresh.head.kernel.shape[-1] == 7
+    assert "w has no head: the classifier stays fresh" in capsys.readouterr().out
+    state["norm.scale"] = np.full_like(state["norm.scale"], np.nan)
+    write_folder(tmp_path / "v", Weights("vssd_nano", 0, {}, state))
+    with pytest.raises(vssd_jax.UserError, match=r"norm.scale are not finite; .*allow_nonfinite"):
+        vssd_jax.create_model("vssd_nano", weights=tmp_path / "v")
+    loaded = vssd_jax.create_model("vssd_nano", weights=tmp_path / "v", allow_nonfinite=True)
+    assert np.isnan(loaded.norm.scale[...]).all()
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -1,7 +1,7 @@
 """The error for what a user can mend."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -16,3 +16,13 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     choices = list(choices)
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else f"; choose from {', '.join(choices)}"
+
+def describe_difference(first: Sequence[str], second: Sequence[str]) -> str:
+    """Where two lists of class names differ first, and by how much."""
+    if len(first) != len(second):
+        return f"{len(first)} and {len(second)} classes"
+    label, (a, b) = next(
+        (i, pair) for i, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]
+    )
+    count = sum(x != y for x, y in zip(first, second, strict=True))
+    return f"label {label} is {a!r} and {b!r} ({count} of {len(first)} names differ)"

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
 from vssd_jax.models import family
 from vssd_jax.models.family import list_models
-from vssd_jax.weights.state import set_state
+from vssd_jax.weights.state import set_state, shapes
 
 __all__ = ["create_model", "list_models"]
 
@@ -24,6 +25,7 @@ def create_model(
     dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: str | None = None,
     seed: int = 0,
+    allow_nonfinite: bool = False,
     **overrides: Any,
 ) -> nnx.Module:
     """A model in evaluation mode.
@@ -38,6 +40,7 @@ def create_model(
       dtype: of the activations, float32 or bfloat16; parameters are float32.
       implementation: of the kernels: None (the best for the device), "xla", "pallas", "triton".
       seed: of the initialisation.
+      allow_nonfinite: let NaN and infinity in the weights pass.
       **overrides: fields of the model's config, see `VSSDConfig`.
 
     Raises:
@@ -47,10 +50,15 @@ def create_model(
     if weights is not None:
         from vssd_jax.weights.load import load
 
-        loaded = load(weights, model=name, overrides=overrides)
+        loaded = load(
+            weights, model=name, overrides=overrides, allow_nonfinite=allow_nonfinite
+        )
         overrides = loaded.overrides | overrides
         given = num_classes
         num_classes = loaded.num_classes if num_classes is None else num_classes
+        if loaded.num_classes == 0 and given != 0:
+            what = "the classifier stays fresh" if given else "the model gives the pooled features"
+            say(f"{weights} has no head: {what}")
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
         return family.build(
@@ -75,9 +83,8 @@ def create_model(
     else:
         model = make(nnx.Rngs(seed))
         classifier = family.find(name)[0].classifier
-        set_state(
-            model, loaded.params, fresh=[n for n in loaded.params if n.startswith(classifier)]
-        )
+        fresh = [n for n in {**shapes(model), **loaded.params} if n.startswith(classifier)]
+        set_state(model, loaded.params, fresh=fresh)
     model.eval()
     return model
 

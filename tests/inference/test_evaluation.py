@@ -33,6 +33,17 @@ def test_weights_of_another_number_of_classes(tmp_path, capsys):
     assert "multiply-adds at" in capsys.readouterr().out
 
 
+def test_weights_of_other_classes(tmp_path):
+    model = abstract(lambda rngs: build("vssd_nano", num_classes=10, rngs=rngs, **SMALL))
+    zeros = {name: jnp.zeros(shape) for name, shape in shapes(model).items()}
+    names = [*map(str, range(9)), "ten"]
+    write_folder(tmp_path / "w", Weights("vssd_nano", 10, SMALL, zeros, names))
+    config = get_config()
+    config.data_dir = str(tmp_path)
+    with pytest.raises(UserError, match=r"label 9 is 'ten' and '9' \(1 of 10 names differ\)"):
+        evaluate_weights(config, tmp_path / "w")
+
+
 def test_images_per_second(monkeypatch):
     class Toy(nnx.Module):
         def __init__(self, rngs):

@@ -64,3 +64,19 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         claim(tmp_path / "file/run", {}, checkpoint_bytes=0),
     ):
         pass
+
+
+def test_a_run_of_other_classes_is_not_resumed(tmp_path, capsys):
+    for names in (["a", "b"], ["a", "b"]):
+        with claim(tmp_path, {"class_names": names}, checkpoint_bytes=0):
+            pass
+    with claim(tmp_path, {}, checkpoint_bytes=0):  # of a version that kept none
+        pass
+    with claim(tmp_path, {"class_names": ["a", "b"]}, checkpoint_bytes=0):
+        pass
+    assert capsys.readouterr().out == ""
+    with (
+        pytest.raises(UserError, match=r"label 1 is 'b' and 'c' \(1 of 2 names differ\); use ano"),
+        claim(tmp_path, {"class_names": ["a", "c"]}, checkpoint_bytes=0),
+    ):
+        pass

@@ -120,7 +120,7 @@ def test_weights_made_here_go_to_pytorch(tmp_path):
         ({"overrides": {"mixers": ["ncssd"] * 4}}, "contradict mixers="),
         ({"overrides": {"expends": 1}}, "did you mean 'expand'"),
         ({"overrides": {"d_state": 8, "ngroups": 1}}, "contradict d_state=8"),
-        ({"which": "both"}, "choose 'model' or 'ema'"),
+        ({"which": "both"}, "choose 'model' or 'ema' or 'model_ema'"),
     ],
 )
 def test_contradictions(options, message, tmp_path):

@@ -92,3 +92,21 @@ def test_a_classifier_starts_a_backbone(workdir, kind):
 def test_a_backbone_that_does_not_fit_is_named(model, options, message):
     with pytest.raises(UserError, match=message):
         started(NANO, model, 11, options)
+
+
+def test_a_head_of_other_classes_is_no_start(workdir, capsys):
+    config = json.loads((workdir / "config.json").read_text())
+    config["class_names"] = list("abcdefghij")
+    (workdir / "config.json").write_text(json.dumps(config))
+    model = abstract(lambda rngs: build("vssd_nano", num_classes=10, rngs=rngs, **SMALL))
+
+    def taken(names):
+        return pretrained_weights(workdir, "vssd_nano", model, SMALL, class_names=names)
+
+    assert "head.kernel" in taken(tuple("abcdefghij"))
+    assert "head.kernel" in taken(None)
+    assert capsys.readouterr().out == ""
+    assert "head.kernel" not in taken(list("abcdefghix"))
+    assert (
+        "has other classes (a, b, c, ...): the classifier starts fresh" in capsys.readouterr().out
+    )

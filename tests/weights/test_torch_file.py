@@ -1,5 +1,11 @@
+import argparse
+import collections
 import contextlib
+import datetime
+import glob
+import operator
 import os
+import pathlib
 import struct
 import sys
 import tracemalloc
@@ -698,6 +704,11 @@ W, V = torch.tensor([1.0]), torch.tensor([2.0])
         ({"params": {"w": W}, "ema_model": {"model.w": V}}, None, 2, "ema"),
         ({"w": W}, None, 1, "model"),
         ({"w": W}, "model", 1, "model"),
+        ({"teacher": {"w": W}, "student": {"w": V}}, "student", 2, "student"),
+        ({"teacher": {"w": W}, "epoch": 3}, None, 1, "model"),
+        ({"model": {"w": W}, "params": {"lr": 0.1}}, None, 1, "model"),
+        ({"params": {"w": W}, "params_ema": {"w": V}}, None, 2, "ema"),
+        ({"generator": {"w": W}, "epoch": 3}, "generator", 1, "generator"),
     ],
 )
 def test_select(checkpoint, which, value, taken, tmp_path):
@@ -705,6 +716,56 @@ def test_select(checkpoint, which, value, taken, tmp_path):
     assert list(state) == ["w"]
     assert state["w"] == value
     assert kind == taken
+
+
+def test_what_was_taken_and_stripped_is_said(tmp_path, capsys):
+    load(save(tmp_path, {"model": {"w": W}}))
+    assert capsys.readouterr().out == ""
+    load(save(tmp_path, {"network": {"_orig_mod.module.w": W, "_orig_mod.module.v": W}}))
+    said = capsys.readouterr().out
+    assert "took its entry 'network', stripped '_orig_mod.module.' from every name" in said
+
+
+class Calls:
+    """Its pickle calls a function."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_code_that_was_not_run_is_named(tmp_path, capsys):
+    settings = {
+        "args": argparse.Namespace(lr=0.1), "path": pathlib.Path("x"), "set": {1},
+        "when": datetime.date(2024, 1, 1), "loss": np.float64(1), "device": torch.device("cpu"),
+        "optimizer": torch.optim.SGD([W]).state_dict(), "counts": collections.Counter("ab"),
+    }  # fmt: skip
+    load(save(tmp_path, {"model": {"w": W}, **settings}))
+    assert capsys.readouterr().out == ""
+    for code in (Calls(operator.attrgetter, "system"), Calls(glob.glob, "*")):
+        load(path := save(tmp_path, {"model": {"w": W}, "extra": code}))
+        said = capsys.readouterr().out
+        assert f"warning: {path} names code: {code.call[0].__module__}." in said
+        assert code.call[0].__name__ in said
+        assert "nothing of it was run here" in said
+
+
+def test_pickles_beside_the_checkpoint_are_said(tmp_path, capsys):
+    path = save(tmp_path, {"model": {"w": W}})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("file/other.pkl", b"N.")
+    load(path)
+    assert "holds further pickles: file/other.pkl; nothing" in capsys.readouterr().out
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            if not name.endswith("other.pkl"):
+                archive.writestr(name, data + b"cos\nsystem\n." * name.endswith("data.pkl"))
+    load(path)
+    assert "has 12 bytes after the end of its pickle" in capsys.readouterr().out
 
 
 def test_select_strips_module_only_from_all_names(tmp_path):
@@ -729,6 +790,9 @@ def test_select_strips_module_only_from_all_names(tmp_path):
         ([W], None, "no state dict"),
         (W, None, "no state dict"),
         ({"model": {"w": W}}, "weights", "unknown weights 'weights'"),
+        ({"g": {"w": W}}, "weights", "choose 'model' or 'ema' or 'g'"),
+        ({"teacher": {"w": W}, "student": {"w": V}}, None, "by --weights: teacher, student"),
+        ({"model": {"w": W}, "network": {"w": V}}, "model", "by --weights: model, network"),
     ],
 )
 def test_select_refuses(checkpoint, which, message, tmp_path):

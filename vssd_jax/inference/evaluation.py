@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vssd_jax import strict_json
 from vssd_jax.distributed import say
-from vssd_jax.errors import UserError
+from vssd_jax.errors import UserError, describe_difference
 from vssd_jax.host import compiler_options
 from vssd_jax.models.count import count_multiply_adds, count_parameters
 from vssd_jax.models.split import Arrays, SplitModel
@@ -27,6 +27,7 @@ def evaluate_weights(
     weights: str | os.PathLike,
     *,
     throughput: bool = False,
+    allow_nonfinite: bool = False,
     tta: bool = False,
     save_predictions: str | os.PathLike | None = None,
 ) -> dict[str, float]:
@@ -37,6 +38,7 @@ def evaluate_weights(
     Args:
       config: as of `train.py`.
       weights: anything that `vssd_jax.weights.load.load` reads.
+      allow_nonfinite: whether weights with NaN or infinity are evaluated.
       throughput: whether the images per second of the forward pass are measured too.
       tta: whether predictions are averaged over scaled and mirrored images (segmentation).
       save_predictions: a folder for predictions and pictures of them (detection, segmentation).
@@ -44,7 +46,12 @@ def evaluate_weights(
     Returns:
       Parameters, multiply-adds and metrics.
     """
-    loaded = load(weights, model=config.model, overrides=config.model_options.to_dict())
+    loaded = load(
+        weights,
+        model=config.model,
+        overrides=config.model_options.to_dict(),
+        allow_nonfinite=allow_nonfinite,
+    )
     config = config.copy_and_resolve_references()
     config.num_classes = loaded.num_classes
     task = make_task(config, tta=tta, save_predictions=save_predictions)
@@ -62,6 +69,12 @@ def evaluate_weights(
         raise UserError(
             f"{weights} has {loaded.num_classes} classes, and the {config.dataset} in "
             f"{config.data_dir} {task.dataset_classes}"
+        )
+    if loaded.class_names is not None and loaded.class_names != list(task.class_names):
+        difference = describe_difference(loaded.class_names, task.class_names)
+        raise UserError(
+            f"the classes of {weights} are not those of the {config.dataset} in {config.data_dir}: "
+            f"{difference}. If the names alone differ, correct class_names in its config.json"
         )
     mesh = make_mesh(config.mesh)
     set_state(model.abstract, loaded.params)

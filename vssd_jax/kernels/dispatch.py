@@ -14,11 +14,14 @@ Another implementation is a file and a line:
     attention.OPERATION.register("mine", dispatch.Implementation(__name__))
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -82,6 +85,31 @@ def pallas_triton(device: Target) -> str | None:
         except ImportError as error:
             reason = f"JAX {jax.__version__} has no Triton backend of Pallas ({error})"
     return reason
+
+
+# --- Gradients --------------------------------------------------------------------------------
+
+_automatic = contextvars.ContextVar("automatic", default=False)
+
+
+@contextlib.contextmanager
+def automatic_gradients() -> Iterator[None]:
+    """Within it operations are plain JAX with JAX's own gradients: slower, and twice differentiable.
+
+    Most have a gradient of their own (`jax.custom_vjp`), which `jax.jvp`, Hessians and other
+    forward-mode derivatives cannot pass. What `jax.jit` has already traced outside of the context
+    keeps it.
+    """
+    token = _automatic.set(True)
+    try:
+        yield
+    finally:
+        _automatic.reset(token)
+
+
+def differentiable(function: Callable) -> Callable:
+    """`function`, and in `automatic_gradients` what its `jax.custom_vjp` wraps."""
+    return inspect.unwrap(function) if _automatic.get() else function
 
 
 # --- Operations -------------------------------------------------------------------------------
@@ -176,6 +204,8 @@ class Operation:
             this operation's.
         """
         check_name(implementation)
+        if _automatic.get():
+            return "xla"
         device = target()
         rows = {
             name: row
@@ -248,7 +278,7 @@ class Operation:
     def _xla(self, implementation: str | None, options: dict[str, Any]) -> Callable:
         if self.parts:
             options = options | {"implementation": implementation}
-        return functools.partial(self.function("xla"), **options)
+        return functools.partial(differentiable(self.function("xla")), **options)
 
 
 _OPERATIONS: dict[str, Operation] = {}

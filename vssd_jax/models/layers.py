@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +222,14 @@ class DepthwiseConv(nnx.Module):
 # --- Norms --------------------------------------------------------------------------------------
 
 
+class NormParams(NamedTuple):
+    """The parameters of a `LayerNorm`, for a layer that normalises its input by itself."""
+
+    scale: Float[Array, " C"]
+    bias: Float[Array, " C"]
+    epsilon: float
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation over the channels: (..., C) -> (..., C)."""
 
@@ -231,6 +239,11 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((channels,), precision.state))
         self.bias = nnx.Param(jnp.zeros((channels,), precision.state))
         self.epsilon, self.implementation = 1e-5, implementation
+
+    @property
+    def params(self) -> NormParams:
+        """The arrays, and the epsilon."""
+        return NormParams(self.scale[...], self.bias[...], self.epsilon)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         return layer_norm(

@@ -21,6 +21,7 @@ from flax import nnx
 from vssd_jax.kernels.add_branch import add_branch
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.dispatch import check_name
+from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.mlp import MLPParams, mlp
 from vssd_jax.kernels.nc_ssd_mixer import MixerParams, nc_ssd_mixer
 from vssd_jax.kernels.norm_linear import norm_linear
@@ -34,6 +35,7 @@ from vssd_jax.models.layers import (
     DropPath,
     LayerNorm,
     Linear,
+    NormParams,
     Precision,
     uniform,
 )
@@ -270,13 +272,13 @@ class SSDMixer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        norm: LayerNorm,
+        norm: NormParams,
         branch_scale: Float[Array, " B"] | None,
     ) -> Float[Array, "B H W C"]:
         z, xbc, dt = norm_linear(
             x,
-            norm.scale[...],
-            norm.bias[...],
+            norm.scale,
+            norm.bias,
             self.in_proj.kernel[...],
             widths=self.sizes,
             dtypes=(x.dtype, x.dtype, self.precision.state),  # softplus(dt) is float32
@@ -332,11 +334,14 @@ class AttentionMixer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        norm: LayerNorm,
+        norm: NormParams,
         branch_scale: Float[Array, " B"] | None,
     ) -> Float[Array, "B H W C"]:
         batch, height, width, channels = x.shape
-        qkv = self.qkv(norm(x)).reshape(batch, height * width, 3 * channels)
+        normed = layer_norm(
+            x, norm.scale, norm.bias, epsilon=norm.epsilon, implementation=self.implementation
+        )
+        qkv = self.qkv(normed).reshape(batch, height * width, 3 * channels)
         y = attention(qkv, heads=self.heads, implementation=self.implementation)
         return add_branch(x, self.out(y).reshape(x.shape), branch_scale)
 
@@ -354,7 +359,7 @@ class MLP(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B H W C"],
-        norm: LayerNorm,
+        norm: NormParams,
         branch_scale: Float[Array, " B"] | None,
     ) -> Float[Array, "B H W C"]:
         b1, b2 = self.fc1.bias, self.fc2.bias
@@ -364,8 +369,8 @@ class MLP(nnx.Module):
             x,
             branch_scale,
             MLPParams(
-                norm.scale[...],
-                norm.bias[...],
+                norm.scale,
+                norm.bias,
                 self.fc1.kernel[...],
                 b1[...],
                 self.fc2.kernel[...],
@@ -412,9 +417,9 @@ class Block(nnx.Module):
         self, x: Float[Array, "B H W C"], rngs: nnx.Rngs | None = None
     ) -> Float[Array, "B H W C"]:
         x = self.cpe1(x)
-        x = self.mixer(x, self.norm1, self.drop_path(len(x), rngs))
+        x = self.mixer(x, self.norm1.params, self.drop_path(len(x), rngs))
         x = self.cpe2(x)
-        return self.mlp(x, self.norm2, self.drop_path(len(x), rngs))
+        return self.mlp(x, self.norm2.params, self.drop_path(len(x), rngs))
 
 
 class Stage(nnx.Module):
@@ -614,7 +619,10 @@ def _recognise(
 ) -> Recognised | None:
     if not shapes.any_under("patch_embed.", "layers."):
         return None
-    return Recognised(shapes.size("head.weight"), recognise_backbone(shapes, known, given))
+    # Without a head they are the weights of a feature extractor.
+    headless = not shapes.any_under("head.")
+    num_classes = 0 if headless else shapes.size("head.weight")
+    return Recognised(num_classes, recognise_backbone(shapes, known, given))
 
 
 FAMILY = register(

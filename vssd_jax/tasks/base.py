@@ -12,7 +12,7 @@ from vssd_jax.data import pipeline, registry
 from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.source import LabelledSource, Source
 from vssd_jax.distributed import say
-from vssd_jax.errors import UserError
+from vssd_jax.errors import UserError, describe_difference
 from vssd_jax.models import family
 from vssd_jax.tasks.protocol import Batch
 
@@ -155,14 +155,3 @@ class BaseTask(Generic[SourceT]):
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
         }
-
-
-def describe_difference(first: Sequence[str], second: Sequence[str]) -> str:
-    """Where two lists of class names differ first, and by how much."""
-    if len(first) != len(second):
-        return f"{len(first)} and {len(second)} classes"
-    label, (a, b) = next(
-        (i, pair) for i, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]
-    )
-    count = sum(x != y for x, y in zip(first, second, strict=True))
-    return f"label {label} is {a!r} and {b!r} ({count} of {len(first)} names differ)"

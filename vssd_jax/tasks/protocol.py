@@ -1,6 +1,6 @@
 """What the training loop and the evaluation know of a task."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -37,6 +37,11 @@ class Task(Protocol):
     @property
     def dataset_classes(self) -> int:
         """The number of classes that the dataset's labels come from."""
+        ...
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Of the labels of the dataset."""
         ...
 
     @property

@@ -33,7 +33,8 @@ def train(
     """
     plan = make_plan(config, task.train_size)
     trainer = Trainer(task, config, plan)
-    fields = {**config.to_dict(), "num_classes": task.num_classes}
+    classes = {"num_classes": task.num_classes, "class_names": list(task.class_names)}
+    fields = {**config.to_dict(), **classes}
     checkpoint_bytes, best = report.total_bytes(trainer.abstract), task.best_metric
     with open_run(
         workdir, fields, plan, best_metric=best, checkpoint_bytes=checkpoint_bytes
@@ -45,7 +46,7 @@ def train(
             state = from_parts(parts, trainer.abstract)
             say(f"resumed {workdir} at step {run.start} of {plan.total}")
         else:
-            state = trainer.fresh_state(_initial_weights(config, trainer))
+            state = trainer.fresh_state(_initial_weights(task, trainer))
         results = run.results
         for step, batch in run.steps(trainer.device_batches(task.train_batches(run.start))):
             state, metrics = trainer.step(state, batch, run.clock)
@@ -63,12 +64,15 @@ def train(
     return results
 
 
-def _initial_weights(
-    config: ml_collections.ConfigDict, trainer: Trainer
-) -> dict[str, np.ndarray] | None:
+def _initial_weights(task: Task, trainer: Trainer) -> dict[str, np.ndarray] | None:
     """The weights of `config.init_from`, or None."""
+    config = task.config
     if not config.init_from:
         return None
     return pretrained_weights(
-        config.init_from, config.model, trainer.model.abstract, config.model_options.to_dict()
+        config.init_from,
+        config.model,
+        trainer.model.abstract,
+        config.model_options.to_dict(),
+        class_names=task.class_names,
     )

@@ -13,7 +13,7 @@ import filelock
 
 from vssd_jax import strict_json
 from vssd_jax.distributed import is_main, say
-from vssd_jax.errors import UserError
+from vssd_jax.errors import UserError, describe_difference
 
 
 @contextlib.contextmanager
@@ -81,7 +81,15 @@ def _note_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     if path.exists():
         old, new = json.loads(path.read_text()), json.loads(text)
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
+            if old.get(key) == new.get(key):
+                continue
+            if key == "class_names" and old.get(key) and new.get(key):
+                difference = describe_difference(old[key], new[key])
+                raise UserError(
+                    f"the run of {path.parent} has other classes than the data: {difference}; use "
+                    "another --workdir"
+                )
+            if key != "class_names":
                 before, after = (strict_json.dumps(fields.get(key)) for fields in (old, new))
                 say(f"the config differs from this workdir's: {key} was {before}, is {after}")
     part = path.with_suffix(".part")

@@ -17,12 +17,13 @@ def convert(
     model: str | None = None,
     which: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    allow_nonfinite: bool = False,
     reverse: bool = False,
 ) -> str:
     """Writes the weights of `source` to `output`, whole or not at all.
 
     Args:
-      source, model, which, overrides: see `vssd_jax.weights.load.load`.
+      source, model, which, overrides, allow_nonfinite: see `vssd_jax.weights.load.load`.
       output: the folder, or with `reverse` the `.pth` file; it must not exist.
       reverse: write a bare state dict with PyTorch's names.
 
@@ -34,7 +35,9 @@ def convert(
     """
     if os.path.lexists(output):
         raise UserError(f"{output} exists already; choose another name or remove it")
-    weights = load(source, model=model, which=which, overrides=overrides)
+    weights = load(
+        source, model=model, which=which, overrides=overrides, allow_nonfinite=allow_nonfinite
+    )
     count, size = len(weights.params), sum(array.size for array in weights.params.values())
     if reverse:
         write_torch_file(output, to_torch(weights))
@@ -42,7 +45,8 @@ def convert(
         write_folder(output, weights)
     part = weights.provenance.get("state_dict", "")
     taken = {"ema": "its EMA, ", "model": "its model, "}.get(part, "")
+    head = f"with {weights.num_classes} classes" if weights.num_classes else "without a head"
     return (
-        f"{weights.model} with {weights.num_classes} classes from {os.fspath(source)}: "
+        f"{weights.model} {head} from {os.fspath(source)}: "
         f"{taken}{count} tensors with {size:,} parameters and statistics -> {output}"
     )

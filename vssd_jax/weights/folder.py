@@ -28,6 +28,7 @@ class Weights:
       num_classes: size of its classifier.
       overrides: fields of its config that differ from the name's.
       params: arrays by this project's names of the parameters, in the dtype of their file.
+      class_names: of the labels that they were trained with; None if that is not known.
       provenance: where they come from: `source`, the file's name; `state_dict`, "model" or
         "ema"; `num_batches_tracked`, PyTorch's counters of BatchNorm batches, kept only for the
         way back to PyTorch: one number, numbers by name where they differ, or None if there are no
@@ -38,6 +39,7 @@ class Weights:
     num_classes: int
     overrides: dict[str, Any]
     params: Mapping[str, np.ndarray]
+    class_names: list[str] | None = None
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -70,6 +72,7 @@ def write_folder(path: str | os.PathLike, weights: Weights) -> None:
             "model": weights.model,
             "num_classes": weights.num_classes,
             "overrides": weights.overrides,
+            "class_names": weights.class_names,
             **weights.provenance,
         }
         (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
@@ -81,14 +84,21 @@ def read_folder(path: str | os.PathLike) -> Weights:
     try:
         config = json.loads((path / CONFIG).read_text())
         model, num_classes = config.pop("model"), config.pop("num_classes")
-        overrides = config.pop("overrides")
+        overrides, class_names = config.pop("overrides"), config.pop("class_names", None)
     except OSError as error:
         raise UserError(f"{path} is no weights folder: no {CONFIG} can be read") from error
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"{path / CONFIG} is no description of a model ({error})") from error
     if type(model) is not str or type(num_classes) is not int or type(overrides) is not dict:
         raise UserError(f"{path / CONFIG} is no description of a model")
-    return Weights(model, num_classes, overrides, read_arrays(path / ARRAYS), config)
+    if class_names is not None and not (
+        isinstance(class_names, list)
+        and len(class_names) == num_classes
+        and all(isinstance(name, str) for name in class_names)
+    ):
+        raise UserError(f"{path / CONFIG}: class_names are not {num_classes} names")
+    arrays = read_arrays(path / ARRAYS)
+    return Weights(model, num_classes, overrides, arrays, class_names, config)
 
 
 def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
@@ -117,3 +127,15 @@ def check_dtypes(params: Mapping[str, np.ndarray]) -> None:
     for name, array in params.items():
         if array.dtype not in _DTYPES:
             raise UserError(f"tensor {name} is {array.dtype}, not floating-point")
+
+
+def check_finite(params: Mapping[str, np.ndarray]) -> None:
+    """A UserError if there are parameters with NaN or infinity."""
+    bad = [name for name, array in params.items() if not np.isfinite(array).all()]
+    if bad:
+        count = int((~np.isfinite(params[bad[0]])).sum())
+        more = f", and so are values of {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise UserError(
+            f"{count} of {params[bad[0]].size} values of the tensor {bad[0]} are not finite{more}; "
+            "--allow-nonfinite (allow_nonfinite=True) lets them pass"
+        )

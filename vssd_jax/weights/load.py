@@ -10,12 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
 from vssd_jax.models import family, torch_names
 from vssd_jax.weights import hub, state
-from vssd_jax.weights.folder import Weights, check_dtypes, read_arrays, read_folder
+from vssd_jax.weights.folder import (
+    Weights,
+    check_dtypes,
+    check_finite,
+    read_arrays,
+    read_folder,
+)
 from vssd_jax.weights.recognise import check_equal, recognise
-from vssd_jax.weights.torch_file import read_torch_file, select_state_dict
+from vssd_jax.weights.torch_file import read_torch_file, select_state_dict, shared_prefix
 
 
 def load(
@@ -25,6 +32,7 @@ def load(
     which: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     backbone: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Weights:
     """Reads weights and checks that each tensor has its place.
 
@@ -33,14 +41,15 @@ def load(
         of this project; `hf://owner/repo/file`, downloaded through huggingface_hub; or the workdir
         of a training run, whose averaged weights at the latest checkpoint are taken.
       model: the name that the weights must have; None recognises it from the tensors.
-      which: "model" or "ema" of a `.pth` file; None is the EMA where it has one.
+      which: "model", "ema" or another entry of a `.pth` file; None is the EMA where it has one.
       overrides: fields of the model's config; needed for what shapes do not show, such as
         the kind of scan.
       backbone: take a classifier's weights too, if it is the backbone of `model`.
+      allow_nonfinite: let NaN and infinity pass.
 
     Raises:
       UserError: a file that cannot be read, another model's weights, and weights with missing,
-        unexpected or misshapen tensors.
+        unexpected, misshapen or non-finite tensors.
     """
     source = os.fspath(source)
     if re.match(r"https?://", source):
@@ -59,7 +68,11 @@ def load(
             check_dtypes(weights.params)
         else:
             if path.suffix == ".safetensors":
-                tensors, provenance = _with_torch_names(read_arrays(path)), {}
+                arrays = read_arrays(path)
+                if prefix := shared_prefix(arrays):
+                    arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
+                    say(f"{source}: stripped {prefix!r} from every name")
+                tensors, provenance = _with_torch_names(arrays), {}
             else:
                 tensors, taken = select_state_dict(read_torch_file(path), which, path)
                 provenance, which = {"state_dict": taken}, None
@@ -68,6 +81,8 @@ def load(
             weights = _from_torch(tensors, model, overrides, provenance)
         if which is not None:
             raise UserError(f"there is no choice of {which!r}: only .pth files hold two models")
+        if not allow_nonfinite:
+            check_finite(weights.params)
     except UserError as error:
         message = str(error)
         raise UserError(message if str(path) in message else f"{source}: {message}") from error
@@ -107,6 +122,7 @@ def _read_workdir(path: Path) -> Weights:
         num_classes=config["num_classes"],
         overrides=config["model_options"],
         params=params,
+        class_names=config.get("class_names"),
         provenance={"state_dict": "ema", "step": step},
     )
 
@@ -193,7 +209,7 @@ def _from_torch(
     check_dtypes(others)
     params, _, _ = torch_names.from_torch(table, tensors)
     counts = {torch_names.COUNTER: _counts(counters)}
-    return Weights(model, num_classes, overrides, params, {**provenance, **counts})
+    return Weights(model, num_classes, overrides, params, provenance={**provenance, **counts})
 
 
 def _counts(counters: Mapping[str, np.ndarray]) -> int | dict[str, int] | None:

@@ -1,7 +1,7 @@
 """Fine-tuning: the weights that a new model starts from."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -16,18 +16,24 @@ from vssd_jax.weights.state import check, shapes
 
 
 def pretrained_weights(
-    source: str | os.PathLike, name: str, model: nnx.Module, overrides: Mapping[str, Any]
+    source: str | os.PathLike,
+    name: str,
+    model: nnx.Module,
+    overrides: Mapping[str, Any],
+    *,
+    class_names: Sequence[str] | None = None,
 ) -> dict[str, np.ndarray]:
     """The part of given weights that a model starts from, by dotted name.
 
-    A classifier of another number of classes stays fresh. So does, in a detector or segmentor that
-    starts from a classifier, everything but the backbone. Both are printed.
+    A classifier of other classes stays fresh. So does, in a detector or segmentor that starts from
+    a classifier, everything but the backbone. Both are printed.
 
     Args:
       source: see `vssd_jax.weights.load.load`.
       name: of the model.
       model: the model; only its shapes are used.
       overrides: the fields of its config.
+      class_names: of its labels.
 
     Raises:
       UserError: weights that cannot be read or do not fit.
@@ -45,11 +51,19 @@ def pretrained_weights(
             raise UserError(f"{source}: none of its tensors has a place in the backbone of {name}")
         fresh = [key for key in expected if key not in params]
         say(f"{source} is a classifier: all but the backbone starts fresh")
-    elif loaded.num_classes != cast(Model, model).num_classes:
+    elif loaded.num_classes != cast(Model, model).num_classes or (
+        None not in (class_names, loaded.class_names)
+        and list(class_names or ()) != loaded.class_names
+    ):
         classifier = family.find(name)[0].classifier
         fresh = [key for key in expected if key.startswith(classifier)]
         params = {key: value for key, value in loaded.params.items() if key not in fresh}
-        say(f"{source} has {loaded.num_classes} classes: the classifier starts fresh")
+        has = "no head"
+        if loaded.num_classes == cast(Model, model).num_classes:
+            has = f"other classes ({', '.join((loaded.class_names or [])[:3])}, ...)"
+        elif loaded.num_classes:
+            has = f"{loaded.num_classes} classes"
+        say(f"{source} has {has}: the classifier starts fresh")
     else:
         params, fresh = dict(loaded.params), []
     check(expected, params, fresh=fresh)

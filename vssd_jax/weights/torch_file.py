@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
 
 # Far above any real checkpoint (base with its EMA and optimizer takes 100,000 opcodes; mmengine's
@@ -86,6 +87,29 @@ _HARMFUL_BUILTINS = frozenset({
     "delattr",
 })
 # fmt: on
+
+# What trainers keep beside the weights: values and settings. A name that ends in a dot stands for
+# all that is in the module. Whatever else a file names is reported: elsewhere it may be run.
+_SETTINGS = (
+    "_codecs.encode", "addict.", "argparse.Namespace", "collections.", "copyreg._reconstructor",
+    "datetime.", "decimal.Decimal", "easydict.EasyDict", "fractions.Fraction",
+    "ml_collections.config_dict.", "mmcv.utils.config.", "mmengine.config.", "mmengine.logging.",
+    "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar", "numpy.dtype",
+    "numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy.dtypes.",
+    "numpy.ndarray", "numpy.float32", "numpy.float64", "numpy.int64", "omegaconf.", "pathlib.",
+    "torch.device", "torch.dtype", "torch.nn.modules.", "torch.nn.parameter.", "torch.optim.",
+    "torch._C._nn.gelu", "torch._utils.", "torch.layout", "torch.serialization._get_layout",
+    "torch.storage.", "torch._tensor.", "torch.memory_format", "torch.Generator", "uuid.UUID",
+    "yacs.config.CfgNode",
+    *(
+        f"{module}.{name}"
+        for module in ("builtins", "__builtin__")
+        for name in (
+            "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list",
+            "object", "range", "set", "slice", "str", "tuple",
+        )
+    ),
+)
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
@@ -368,7 +392,8 @@ _GLOBALS = {
 }
 
 
-def _find_global(module: Any, name: Any) -> Any:
+def _find_global(module: Any, name: Any, named: set[str]) -> Any:
+    """What a global stands for; one that is unknown is added to `named`."""
     if type(module) is not str or type(name) is not str:
         raise _Refused("corrupt: a global without a name")
     if len(module) + len(name) > _MAX_NAME // 4:
@@ -384,6 +409,7 @@ def _find_global(module: Any, name: Any) -> Any:
             f"refused: it calls for {_show(f'{module}.{name}')}, which has no place in a "
             "checkpoint; nothing of it was run. Get the file from a source you trust"
         )
+    named.add(f"{module}.{name}")
     return Inert(f"{module}.{name}")
 
 
@@ -434,12 +460,18 @@ def _append(target: Any, items: list) -> None:
         raise _Refused("corrupt: items appended to something that is no list")
 
 
-def _interpret(pickled: bytes, find_storage: Callable[[Any], _Storage]) -> Any:
+def _interpret(
+    pickled: bytes, find_storage: Callable[[Any], _Storage]
+) -> tuple[Any, set[str], int]:
     """The data that a pickle describes: dict, list, tuple, atoms, `Tensor` and `Inert`.
 
     A machine of its own, in which no opcode reaches a Python object that can act: a reduced,
     built or instantiated `Inert` stays what it is, and state set on any value is dropped.
+
+    Returns:
+      The data, the names of everything inert, and how many bytes follow the pickle's end.
     """
+    named: set[str] = set()
     stack: list = []
     marks: list[list] = []  # the stacks below each MARK
     memo: dict[int, Any] = {}
@@ -450,7 +482,7 @@ def _interpret(pickled: bytes, find_storage: Callable[[Any], _Storage]) -> Any:
         return items
 
     arg: Any  # its type is that of the opcode
-    for count, (opcode, arg, _) in enumerate(pickletools.genops(io.BytesIO(pickled))):
+    for count, (opcode, arg, place) in enumerate(pickletools.genops(io.BytesIO(pickled))):
         if count >= _MAX_OPCODES:
             raise _Refused("its pickle has too many steps for a checkpoint")
         name = opcode.name
@@ -481,7 +513,8 @@ def _interpret(pickled: bytes, find_storage: Callable[[Any], _Storage]) -> Any:
                     args = stack.pop()
                     stack[-1] = _call(stack[-1], args)
                 case "GLOBAL":
-                    stack.append(_find_global(*arg.split(" ", 1)))
+                    module, attribute = arg.split(" ", 1)
+                    stack.append(_find_global(module, attribute, named))
                 case "BINPERSID":
                     stack.append(find_storage(stack.pop()))
                 case "EMPTY_DICT":
@@ -520,7 +553,7 @@ def _interpret(pickled: bytes, find_storage: Callable[[Any], _Storage]) -> Any:
                         raise _Refused("corrupt: items added to something that is no set")
                 case "STACK_GLOBAL":
                     attribute, module = stack.pop(), stack.pop()
-                    stack.append(_find_global(module, attribute))
+                    stack.append(_find_global(module, attribute, named))
                 case "NEWOBJ_EX":
                     kwargs, args = stack.pop(), stack.pop()
                     if kwargs and isinstance(stack[-1], _Function):
@@ -528,7 +561,8 @@ def _interpret(pickled: bytes, find_storage: Callable[[Any], _Storage]) -> Any:
                     stack[-1] = _call(stack[-1], args)
                 case "INST":
                     args = pop_mark()
-                    stack.append(_call(_find_global(*arg.split(" ", 1)), args))
+                    module, attribute = arg.split(" ", 1)
+                    stack.append(_call(_find_global(module, attribute, named), args))
                 case "OBJ":
                     function, *args = pop_mark()
                     stack.append(_call(function, args))
@@ -545,7 +579,7 @@ def _interpret(pickled: bytes, find_storage: Callable[[Any], _Storage]) -> Any:
                 case "PROTO" | "FRAME":
                     pass
                 case "STOP":
-                    return stack.pop()
+                    return stack.pop(), named, len(pickled) - int(place or 0) - 1
                 case _:  # EXT1 EXT2 EXT4 PERSID NEXT_BUFFER READONLY_BUFFER
                     raise _Refused(f"its pickle uses {name}, which PyTorch never writes")
     raise _Refused("truncated: its pickle has no end")
@@ -595,7 +629,7 @@ def read_torch_file(path: str | os.PathLike) -> Any:
                 raise _Refused("written on a big-endian machine, which is not supported")
         if archive.size("data.pkl") > _MAX_PICKLE_BYTES:
             raise _Refused("its pickle is far too large for a checkpoint")
-        return _interpret(archive.read("data.pkl"), _storage_finder(archive))
+        data, named, rest = _interpret(archive.read("data.pkl"), _storage_finder(archive))
     except _Refused as error:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
@@ -604,15 +638,40 @@ def read_torch_file(path: str | os.PathLike) -> Any:
         raise UserError(
             f"{path}: corrupt: its pickle cannot be interpreted ({type(error).__name__})"
         ) from error
+    _report_code(path, archive, named, rest)
+    return data
+
+
+def _report_code(path: str, archive: _Archive, named: Iterable[str], rest: int) -> None:
+    """Says what of a file may be run by whoever loads it otherwise."""
+    exact, modules = set(_SETTINGS), tuple(name for name in _SETTINGS if name.endswith("."))
+    code = sorted(n for n in named if n not in exact and not n.startswith(modules))
+    found = [f"names code: {', '.join(_show(n) for n in code[:8])}"] if code else []
+    if len(code) > 8:
+        found[0] += f" and {len(code) - 8} more"
+    if rest:
+        found.append(f"has {rest} bytes after the end of its pickle")
+    others = [n for n in archive.records if n.endswith(".pkl") and n != archive.root + "data.pkl"]
+    if others:
+        found.append(f"holds further pickles: {', '.join(_show(n) for n in others[:8])}")
+    if found:
+        say(
+            f"warning: {path} {' and '.join(found)}; nothing of it was run here. Loading the file "
+            "with PyTorch or pickle may run it"
+        )
 
 
 # The keys of the state dict: the authors' classification trainer writes `model` and `model_ema`,
 # mmengine writes `state_dict`, timm `state_dict` and `state_dict_ema`. (mmengine's
 # `ema_state_dict` is no EMA: it swaps the two on saving.)
-_PLACES = {
-    "model": ("model", "state_dict", "model_state_dict", "network", "params"),
-    "ema": ("model_ema", "state_dict_ema", "ema_model"),
-}
+_PLAIN = ("model", "state_dict", "model_ema", "state_dict_ema")
+_ENTRIES = {
+    "model": (
+        "model", "state_dict", "model_state_dict", "network", "net", "params", "module", "teacher",
+        "student",
+    ),
+    "ema": ("model_ema", "state_dict_ema", "ema_model", "ema", "params_ema"),
+}  # fmt: skip
 # What wrappers of a model put before every name: DistributedDataParallel, torch.compile, Lightning
 # and others.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "encoder.")
@@ -631,13 +690,18 @@ def _unwrap(value: Any) -> Any:
     return value
 
 
-def _shared_prefix(names: Iterable[str]) -> str:
-    """The one of `_PREFIXES` that all names share, or nothing."""
-    names = list(names)
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) and name != prefix for name in names):
-            return prefix
-    return ""
+def shared_prefix(names: Iterable[str]) -> str:
+    """What stands before all names and is made of `_PREFIXES`, or nothing."""
+    names, found = list(names), ""
+    while names:
+        for prefix in _PREFIXES:
+            if all(name.startswith(prefix) and name != prefix for name in names):
+                names = [name.removeprefix(prefix) for name in names]
+                found += prefix
+                break
+        else:
+            break
+    return found
 
 
 def select_state_dict(
@@ -648,38 +712,26 @@ def select_state_dict(
     Args:
       checkpoint: a classification checkpoint (`model`, `model_ema`), a detector's or segmentor's
         (`state_dict`), or a bare state dict.
-      which: "model", "ema", or None for the EMA where the file has one, else the model.
+      which: "model", "ema", the file's own name of an entry, or None for the EMA where the file
+        has one, else the model.
       path: the file's name, for messages.
 
     Returns:
-      The arrays by PyTorch name, in the file's order, without a prefix that a
-      wrapper of the model puts before every name; and which was taken, "model" or "ema". The
-      arrays are read-only and C-contiguous; those that share a storage may share memory.
+      The arrays by PyTorch name, in the file's order, without prefixes that wrappers of the model
+      put before every name; and which was taken, "model", "ema" or the entry's name. The arrays
+      are read-only and C-contiguous; those that share a storage may share memory. What is not
+      plainly named is printed.
 
     Raises:
-      UserError: no such state dict, an entry that is no tensor, or a corrupt storage.
+      UserError: no such state dict or several, an entry that is no tensor, or a corrupt storage.
     """
-    if which not in (None, "model", "ema"):
-        raise UserError(f"unknown weights {which!r}: choose 'model' or 'ema'")
     path = os.fspath(path)
     if type(checkpoint) is not dict:
         raise UserError(f"{path}: holds no state dict; save a model's state_dict()")
 
-    found = {
-        kind: checkpoint[place]
-        for kind, places in _PLACES.items()
-        for place in reversed(places)
-        if isinstance(value := checkpoint.get(place), Inert) or (type(value) is dict and value)
-    }
-    if not found and any(isinstance(value, Tensor) for value in checkpoint.values()):
-        found = {"model": checkpoint}
-    taken = which or ("ema" if "ema" in found else "model")
-    if taken not in found:
-        there = f"only the weights of {' and '.join(map(repr, found))}" if found else "no weights"
-        keys = ", ".join(_show(key, 30) for key in list(checkpoint)[:8] if type(key) is str)
-        raise UserError(f"{path}: holds {there}, not of {taken!r} (its entries: {keys or 'none'})")
-
-    state = _unwrap(found[taken])
+    taken, entry = _choose(checkpoint, which, path)
+    notes = [] if entry in (None, *_PLAIN) else [f"took its entry {entry!r}"]
+    state = checkpoint if entry is None else _unwrap(checkpoint[entry])
     if isinstance(state, Inert):
         raise UserError(
             f"{path}: its {taken!r} entry is a pickled {_show(state.name)}, not a state dict"
@@ -694,9 +746,55 @@ def select_state_dict(
             raise UserError(
                 f"{path}: entry {_show(key)} of its state dict is no plain tensor but {_show(kind)}"
             )
-    while prefix := _shared_prefix(state):
+    if prefix := shared_prefix(state):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
+        notes.append(f"stripped {prefix!r} from every name")
+    if notes:
+        say(f"{path}: {', '.join(notes)}")
     return _read_tensors(state), taken
+
+
+def _choose(checkpoint: dict, which: str | None, path: str) -> tuple[str, str | None]:
+    """What is taken, see `select_state_dict`, and its entry; None: the file is the state dict."""
+    found = {
+        kind: [
+            name
+            for name in names
+            if isinstance(value := checkpoint.get(name), Inert) or (type(value) is dict and value)
+        ]
+        for kind, names in _ENTRIES.items()
+    }
+    if which not in (None, *found):
+        if type(checkpoint.get(which)) is dict:
+            return str(which), which
+        raise UserError(f"{path}: unknown weights {which!r}: choose {_choices(checkpoint)}")
+    if not any(found.values()) and any(isinstance(v, Tensor) for v in checkpoint.values()):
+        if which == "ema":
+            raise UserError(f"{path}: holds only the weights of 'model', not of 'ema'")
+        return "model", None
+    taken = which or ("ema" if found["ema"] else "model")
+    if not found[taken]:
+        there = [repr(kind) for kind, names in found.items() if names]
+        what = f"only the weights of {' and '.join(there)}" if there else "no weights"
+        keys = ", ".join(_show(key, 30) for key in list(checkpoint)[:8] if type(key) is str)
+        raise UserError(f"{path}: holds {what}, not of {taken!r} (its entries: {keys or 'none'})")
+    names = [name for name in found[taken] if _holds_tensors(checkpoint[name])] or found[taken]
+    if len(names) > 1:
+        raise UserError(
+            f"{path}: holds several models: choose one by --weights: {', '.join(names)}"
+        )
+    return taken, names[0]
+
+
+def _choices(checkpoint: dict) -> str:
+    names = [str(name) for name, value in checkpoint.items() if _holds_tensors(value)]
+    others = [_show(name, 30) for name in names if name not in _ENTRIES]
+    return " or ".join(map(repr, [*_ENTRIES, *others[:8]]))
+
+
+def _holds_tensors(value: Any) -> bool:
+    inner = _unwrap(value)
+    return type(inner) is dict and any(isinstance(v, Tensor) for v in inner.values())
 
 
 def _pickle_state_dict(tensors: Mapping[str, np.ndarray]) -> bytes:

@@ -71,7 +71,7 @@ def depthwise_conv(
 ) -> Array:
     """See `vssd_jax.kernels.depthwise_conv.api.depthwise_conv`; `gradients` as in this module."""
     options = Options(stride, activation, residual, relu_input)
-    return _depthwise_conv(x, kernel, bias, options, gradients)
+    return dispatch.differentiable(_depthwise_conv)(x, kernel, bias, options, gradients)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
