@@ -5,11 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 import vssd_jax
 from tests.golden import synthetic
+from vssd_jax.kernels.dispatch import automatic_gradients
 from vssd_jax.models import family
+from vssd_jax.models.vssd import check_images
 from vssd_jax.weights.folder import Weights, write_folder
 from vssd_jax.weights.state import get_state, shapes
 
@@ -140,6 +143,43 @@ def test_empty_images_are_refused(model):
     for shape in ((0, 32, 32, 3), (1, 0, 32, 3)):
         with pytest.raises(ValueError, match="must not be empty"):
             model(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([[[[0.0] * 3]]], "not a list; convert them by numpy.asarray"),
+        (torch.zeros(1, 3, 32, 32), r"not a torch.Tensor; .* by transpose"),
+        (np.zeros((1, 3, 32, 32)), r"not \(1, 3, 32, 32\); transpose them"),
+        (np.zeros((32, 32, 3)), r"not \(32, 32, 3\)$"),
+    ],
+)
+def test_what_are_no_images_is_said(images, message):
+    with pytest.raises(vssd_jax.UserError, match=message) as error:
+        check_images(images)
+    assert "\n" not in str(error.value)
+
+
+def test_nnx_can_tabulate_a_model(model):
+    before = logits(model)
+    assert "stages" in nnx.tabulate(model, IMAGES)
+    np.testing.assert_array_equal(logits(model), before)
+
+
+def test_forward_mode_and_second_derivatives(model):
+    def loss(images):
+        return model(images).sum()
+
+    images = IMAGES[:1, :32, :32]
+    direction = jnp.ones_like(images)
+    gradient = jax.grad(loss)(images)
+    with automatic_gradients():
+        _, slope = jax.jvp(loss, (images,), (direction,))
+        np.testing.assert_allclose(slope, jnp.vdot(gradient, direction), rtol=1e-4)
+        np.testing.assert_allclose(jax.grad(loss)(images), gradient, rtol=1e-3, atol=1e-5)
+        _, product = jax.jvp(jax.grad(loss), (images,), (direction,))
+        twice = jax.grad(lambda images: jnp.vdot(jax.grad(loss)(images), direction))(images)
+        np.testing.assert_allclose(product, twice, rtol=1e-2, atol=1e-4)
 
 
 def test_weights_fill_the_model(model, folder):

@@ -94,7 +94,7 @@ _automatic = contextvars.ContextVar("automatic", default=False)
 
 @contextlib.contextmanager
 def automatic_gradients() -> Iterator[None]:
-    """Within it operations are plain JAX with JAX's own gradients: slower, and twice differentiable.
+    """Within it operations are plain JAX with JAX's own gradients: slower, differentiable twice.
 
     Most have a gradient of their own (`jax.custom_vjp`), which `jax.jvp`, Hessians and other
     forward-mode derivatives cannot pass. What `jax.jit` has already traced outside of the context

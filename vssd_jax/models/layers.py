@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -222,8 +222,11 @@ class DepthwiseConv(nnx.Module):
 # --- Norms --------------------------------------------------------------------------------------
 
 
-class NormParams(NamedTuple):
-    """The parameters of a `LayerNorm`, for a layer that normalises its input by itself."""
+class NormParams(TypedDict):
+    """The parameters of a `LayerNorm`, for a layer that normalises its input by itself.
+
+    Not the module: `nnx.tabulate` fails on modules and NamedTuples among the arguments of another.
+    """
 
     scale: Float[Array, " C"]
     bias: Float[Array, " C"]
@@ -243,7 +246,7 @@ class LayerNorm(nnx.Module):
     @property
     def params(self) -> NormParams:
         """The arrays, and the epsilon."""
-        return NormParams(self.scale[...], self.bias[...], self.epsilon)
+        return NormParams(scale=self.scale[...], bias=self.bias[...], epsilon=self.epsilon)
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         return layer_norm(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from vssd_jax.errors import UserError
 from vssd_jax.kernels.add_branch import add_branch
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.dispatch import check_name
@@ -277,12 +278,12 @@ class SSDMixer(nnx.Module):
     ) -> Float[Array, "B H W C"]:
         z, xbc, dt = norm_linear(
             x,
-            norm.scale,
-            norm.bias,
+            norm["scale"],
+            norm["bias"],
             self.in_proj.kernel[...],
             widths=self.sizes,
             dtypes=(x.dtype, x.dtype, self.precision.state),  # softplus(dt) is float32
-            epsilon=norm.epsilon,
+            epsilon=norm["epsilon"],
             implementation=self.implementation,
         )
         dt = jax.nn.softplus(dt + self.dt_bias[...])
@@ -338,9 +339,7 @@ class AttentionMixer(nnx.Module):
         branch_scale: Float[Array, " B"] | None,
     ) -> Float[Array, "B H W C"]:
         batch, height, width, channels = x.shape
-        normed = layer_norm(
-            x, norm.scale, norm.bias, epsilon=norm.epsilon, implementation=self.implementation
-        )
+        normed = layer_norm(x, **norm, implementation=self.implementation)
         qkv = self.qkv(normed).reshape(batch, height * width, 3 * channels)
         y = attention(qkv, heads=self.heads, implementation=self.implementation)
         return add_branch(x, self.out(y).reshape(x.shape), branch_scale)
@@ -369,14 +368,14 @@ class MLP(nnx.Module):
             x,
             branch_scale,
             MLPParams(
-                norm.scale,
-                norm.bias,
+                norm["scale"],
+                norm["bias"],
                 self.fc1.kernel[...],
                 b1[...],
                 self.fc2.kernel[...],
                 b2[...],
             ),
-            epsilon=norm.epsilon,
+            epsilon=norm["epsilon"],
             implementation=self.implementation,
         )
 
@@ -513,10 +512,7 @@ class VSSD(nnx.Module):
         Returns:
           Four arrays (B, ceil(H/s), ceil(W/s), C * s/4) for s = 4, 8, 16, 32.
         """
-        if images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images must have the shape (B, H, W, 3), not {images.shape}")
-        if 0 in images.shape:
-            raise ValueError(f"images must not be empty: their shape is {images.shape}")
+        check_images(images)
         x = self.stem(images.astype(self.precision.compute))
         maps = []
         for stage in self.stages:
@@ -538,6 +534,23 @@ class VSSD(nnx.Module):
         if self.num_classes == 0:
             return x
         return self.head(x).astype(self.precision.state)
+
+
+def check_images(images: Any) -> None:
+    """Raises a UserError unless these are (B, H, W, 3) images as an array of JAX or NumPy."""
+    if not isinstance(images, jax.Array | np.ndarray):
+        kind = f"{type(images).__module__}.{type(images).__name__}".removeprefix("builtins.")
+        raise UserError(
+            f"images must be an array of JAX or NumPy of the shape (B, H, W, 3), not a {kind}; "
+            "convert them by numpy.asarray (and a PyTorch tensor from (B, 3, H, W) by transpose)"
+        )
+    if images.ndim != 4 or images.shape[-1] != 3:
+        hint = ""
+        if images.ndim == 4 and images.shape[1] == 3:
+            hint = "; transpose them from PyTorch's layout by (0, 2, 3, 1)"
+        raise UserError(f"images must have the shape (B, H, W, 3), not {images.shape}{hint}")
+    if 0 in images.shape:
+        raise UserError(f"images must not be empty: their shape is {images.shape}")
 
 
 # --- The released checkpoints -------------------------------------------------------------------

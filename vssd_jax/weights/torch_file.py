@@ -88,34 +88,52 @@ _HARMFUL_BUILTINS = frozenset({
 })
 # fmt: on
 
-# What trainers keep beside the weights: values and settings. A name that ends in a dot stands for
-# all that is in the module. Whatever else a file names is reported: elsewhere it may be run.
-_SETTINGS = (
-    "_codecs.encode", "addict.", "argparse.Namespace", "collections.", "copyreg._reconstructor",
-    "datetime.", "decimal.Decimal", "easydict.EasyDict", "fractions.Fraction",
-    "ml_collections.config_dict.", "mmcv.utils.config.", "mmengine.config.", "mmengine.logging.",
-    "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar", "numpy.dtype",
-    "numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy.dtypes.",
-    "numpy.ndarray", "numpy.float32", "numpy.float64", "numpy.int64", "omegaconf.", "pathlib.",
-    "torch.device", "torch.dtype", "torch.nn.modules.", "torch.nn.parameter.", "torch.optim.",
-    "torch._C._nn.gelu", "torch._utils.", "torch.layout", "torch.serialization._get_layout",
-    "torch.storage.", "torch._tensor.", "torch.memory_format", "torch.Generator", "uuid.UUID",
-    "yacs.config.CfgNode",
-    *(
-        f"{module}.{name}"
-        for module in ("builtins", "__builtin__")
-        for name in (
-            "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list",
-            "object", "range", "set", "slice", "str", "tuple",
-        )
-    ),
+# What trainers keep beside the weights: values, settings and classes that hold them. Whatever else
+# a file names is reported, since loading the file elsewhere may run it.
+# fmt: off
+_SETTINGS = frozenset({
+    "_codecs.encode", "argparse.Namespace", "collections.Counter", "collections.OrderedDict",
+    "collections.defaultdict", "collections.deque", "copyreg._reconstructor", "datetime.date",
+    "datetime.datetime", "datetime.time", "datetime.timedelta", "datetime.timezone",
+    "decimal.Decimal", "easydict.EasyDict", "fractions.Fraction", "numpy.dtype", "numpy.ndarray",
+    "torch.Generator", "torch.Tensor", "torch._C._nn.gelu", "torch.device", "torch.dtype",
+    "torch.layout", "torch.memory_format", "torch.nn.modules.activation.GELU",
+    "torch.serialization._get_layout", "types.SimpleNamespace", "uuid.UUID", "yacs.config.CfgNode",
+    *(f"torch.{name}" for name in (
+        "complex32", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "qint8", "qint32",
+        "quint8",
+    )),
+    *(f"numpy.{name}" for name in (
+        "bool", "bool_", "complex128", "complex64", "float16", "float32", "float64", "int16",
+        "int32", "int64", "int8", "str_", "uint16", "uint32", "uint64", "uint8",
+    )),
+    *(f"numpy.{core}.{name}" for core in ("core", "_core") for name in (
+        "multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer",
+    )),
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in (
+        "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list",
+        "object", "range", "set", "slice", "str", "tuple",
+    )),
+})
+# Packages whose classes hold settings or arrays; their functions are reported all the same.
+_SETTINGS_PACKAGES = (
+    "addict", "ml_collections.config_dict", "mmcv.utils.config", "mmengine.config",
+    "mmengine.logging", "numpy.dtypes", "omegaconf", "pathlib", "torch.nn.modules",
+    "torch.nn.parameter", "torch.optim", "torch.storage",
 )
+# fmt: on
+# Pickles are looked for in other parts of a file as well, so many in all.
+_MAX_OTHER_PICKLES = 8
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 
 class _Refused(ValueError):
     """A file that is not read, and why; the message is for the user."""
+
+
+class _Harmful(_Refused):
+    """A file that names what only a harmful one would."""
 
 
 def _show(text: str, limit: int = 80) -> str:
@@ -203,6 +221,18 @@ class _Archive:
         if magic != b"PK\x03\x04" or not same_name or zlib.crc32(data) != entry.CRC:
             raise _Refused(f"corrupt: record {_show(name)} does not match its checksum")
         return data
+
+
+    def tail(self) -> bytes:
+        """The bytes after the end of the archive, at most some 64 kB: a longer one hides it."""
+        with open(self.path, "rb") as file:
+            file.seek(-min(self.file_size, 22 + 2 * 65535), os.SEEK_END)
+            end = file.read()
+        record = end.rfind(b"PK\x05\x06")
+        if record < 0 or len(end) < record + 22:
+            return b""
+        comment_size = int.from_bytes(end[record + 20 : record + 22], "little")
+        return end[record + 22 + comment_size :]
 
 
 def _describe_other_format(head: bytes) -> str:
@@ -393,7 +423,7 @@ _GLOBALS = {
 
 
 def _find_global(module: Any, name: Any, named: set[str]) -> Any:
-    """What a global stands for; one that is unknown is added to `named`."""
+    """What a global stands for; one that may be code is added to `named`."""
     if type(module) is not str or type(name) is not str:
         raise _Refused("corrupt: a global without a name")
     if len(module) + len(name) > _MAX_NAME // 4:
@@ -405,12 +435,21 @@ def _find_global(module: Any, name: Any, named: set[str]) -> Any:
         not _HARMFUL_MODULES.isdisjoint([root, *path[:-1]])  # a dotted name reaches into modules
         or (root in ("builtins", "__builtin__") and not _HARMFUL_BUILTINS.isdisjoint(path))
     ):
-        raise _Refused(
+        raise _Harmful(
             f"refused: it calls for {_show(f'{module}.{name}')}, which has no place in a "
             "checkpoint; nothing of it was run. Get the file from a source you trust"
         )
-    named.add(f"{module}.{name}")
+    if not _is_settings(module, name):
+        named.add(f"{module}.{name}")
     return Inert(f"{module}.{name}")
+
+
+def _is_settings(module: str, name: str) -> bool:
+    if f"{module}.{name}" in _SETTINGS or (module, name[:9]) == ("torch._utils", "_rebuild_"):
+        return True
+    # A name with a dot reaches from a class into its functions and modules.
+    is_class = name.lstrip("_")[:1].isupper() and "." not in name
+    return is_class and any(f"{module}.".startswith(f"{p}.") for p in _SETTINGS_PACKAGES)
 
 
 def _call(function: Any, args: Any) -> Any:
@@ -461,17 +500,21 @@ def _append(target: Any, items: list) -> None:
 
 
 def _interpret(
-    pickled: bytes, find_storage: Callable[[Any], _Storage]
-) -> tuple[Any, set[str], int]:
+    pickled: bytes, find_storage: Callable[[Any], Any], named: set[str]
+) -> tuple[Any, int]:
     """The data that a pickle describes: dict, list, tuple, atoms, `Tensor` and `Inert`.
 
     A machine of its own, in which no opcode reaches a Python object that can act: a reduced,
     built or instantiated `Inert` stays what it is, and state set on any value is dropped.
 
+    Args:
+      pickled: the pickle; bytes may follow it.
+      find_storage: what a persistent id stands for.
+      named: gets the names of what may be code.
+
     Returns:
-      The data, the names of everything inert, and how many bytes follow the pickle's end.
+      The data, and how many bytes follow the pickle's end.
     """
-    named: set[str] = set()
     stack: list = []
     marks: list[list] = []  # the stacks below each MARK
     memo: dict[int, Any] = {}
@@ -579,7 +622,7 @@ def _interpret(
                 case "PROTO" | "FRAME":
                     pass
                 case "STOP":
-                    return stack.pop(), named, len(pickled) - int(place or 0) - 1
+                    return stack.pop(), len(pickled) - int(place or 0) - 1
                 case _:  # EXT1 EXT2 EXT4 PERSID NEXT_BUFFER READONLY_BUFFER
                     raise _Refused(f"its pickle uses {name}, which PyTorch never writes")
     raise _Refused("truncated: its pickle has no end")
@@ -629,7 +672,10 @@ def read_torch_file(path: str | os.PathLike) -> Any:
                 raise _Refused("written on a big-endian machine, which is not supported")
         if archive.size("data.pkl") > _MAX_PICKLE_BYTES:
             raise _Refused("its pickle is far too large for a checkpoint")
-        data, named, rest = _interpret(archive.read("data.pkl"), _storage_finder(archive))
+        named: set[str] = set()
+        pickled = archive.read("data.pkl")
+        data, rest = _interpret(pickled, _storage_finder(archive), named)
+        others = _find_others(archive, pickled[len(pickled) - rest :], named)
     except _Refused as error:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
@@ -638,27 +684,47 @@ def read_torch_file(path: str | os.PathLike) -> Any:
         raise UserError(
             f"{path}: corrupt: its pickle cannot be interpreted ({type(error).__name__})"
         ) from error
-    _report_code(path, archive, named, rest)
+    found = [f"names code: {', '.join(_show(name) for name in sorted(named)[:8])}"] if named else []
+    if len(named) > 8:
+        found[0] += f" and {len(named) - 8} more"
+    if found or others:
+        say(
+            f"warning: {path} {' and '.join(found + others)}; nothing of it was run here. Loading "
+            "the file with torch.load or pickle may run it"
+        )
     return data
 
 
-def _report_code(path: str, archive: _Archive, named: Iterable[str], rest: int) -> None:
-    """Says what of a file may be run by whoever loads it otherwise."""
-    exact, modules = set(_SETTINGS), tuple(name for name in _SETTINGS if name.endswith("."))
-    code = sorted(n for n in named if n not in exact and not n.startswith(modules))
-    found = [f"names code: {', '.join(_show(n) for n in code[:8])}"] if code else []
-    if len(code) > 8:
-        found[0] += f" and {len(code) - 8} more"
+def _find_others(archive: _Archive, rest: bytes, named: set[str]) -> list[str]:
+    """Describes what has no place beside the checkpoint; `named` gets the code that it names."""
+    found, pickles = [], []
     if rest:
-        found.append(f"has {rest} bytes after the end of its pickle")
+        found.append(f"has {len(rest)} bytes after the end of its pickle")
+        pickles.append(rest)
+    if tail := archive.tail():
+        found.append(f"has {len(tail)} bytes after the end of its archive")
+        pickles.append(tail)
     others = [n for n in archive.records if n.endswith(".pkl") and n != archive.root + "data.pkl"]
     if others:
         found.append(f"holds further pickles: {', '.join(_show(n) for n in others[:8])}")
-    if found:
-        say(
-            f"warning: {path} {' and '.join(found)}; nothing of it was run here. Loading the file "
-            "with PyTorch or pickle may run it"
-        )
+    for name in others[:_MAX_OTHER_PICKLES]:
+        # Only names inside the root are read; the others are reported all the same.
+        inside = name.startswith(archive.root)
+        if inside and archive.records[name].file_size <= _MAX_PICKLE_BYTES:
+            pickles.append(archive.read(name.removeprefix(archive.root)))
+    for _ in range(_MAX_OTHER_PICKLES):
+        if not pickles:
+            break
+        pickled = pickles.pop()
+        try:
+            _, size = _interpret(pickled, lambda _: Inert("storage"), named)
+        except _Harmful:
+            raise
+        except Exception:  # it is no pickle
+            continue
+        if size:
+            pickles.append(pickled[len(pickled) - size :])
+    return found
 
 
 # The keys of the state dict: the authors' classification trainer writes `model` and `model_ema`,
@@ -764,9 +830,9 @@ def _choose(checkpoint: dict, which: str | None, path: str) -> tuple[str, str | 
         ]
         for kind, names in _ENTRIES.items()
     }
+    if which is not None and _holds_tensors(checkpoint.get(which)):
+        return which, which
     if which not in (None, *found):
-        if type(checkpoint.get(which)) is dict:
-            return str(which), which
         raise UserError(f"{path}: unknown weights {which!r}: choose {_choices(checkpoint)}")
     if not any(found.values()) and any(isinstance(v, Tensor) for v in checkpoint.values()):
         if which == "ema":
@@ -781,7 +847,8 @@ def _choose(checkpoint: dict, which: str | None, path: str) -> tuple[str, str | 
     names = [name for name in found[taken] if _holds_tensors(checkpoint[name])] or found[taken]
     if len(names) > 1:
         raise UserError(
-            f"{path}: holds several models: choose one by --weights: {', '.join(names)}"
+            f"{path}: holds several models: {', '.join(names)}; choose one of them with --weights "
+            "of convert_torch_weights.py"
         )
     return taken, names[0]
 
