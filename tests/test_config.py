@@ -154,6 +154,7 @@ def few(tmp_path_factory):
     """A folder with few scenes of digits."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # whatever comes in may be made as a folder
         detection = functools.partial(detection_data.prepare, train=8, test=3)
         patch.setattr(detection_data, "prepare", detection)
         sizes = {"training": 8, "validation": 3}

@@ -1,6 +1,8 @@
 """Grain's batches: shares of processes, workers, and what they leave behind."""
 
 import gc
+import os
+import signal
 import weakref
 
 import numpy as np
@@ -157,3 +159,28 @@ def test_evaluation_batches_of_pictures(tmp_path):
     np.testing.assert_array_equal(valid, [True] * 9 + [False] * 3)
     np.testing.assert_array_equal(labels[valid], [0, 0, 0, 1, 1, 1, 2, 2, 2])
     np.testing.assert_array_equal(replaced[valid], [0, 0, 0, 1, 0, 0, 0, 0, 0])
+
+
+class Ends:
+    """A transform that ends its own process by a signal."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __call__(self, element, rng):
+        os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (signal.SIGBUS, r"/dev/shm of \d+ MiB has no room left; raise it \(Docker"),
+        (signal.SIGKILL, "killed, probably for lack of memory; take fewer config.num_workers"),
+        (signal.SIGSEGV, "ended by SIGSEGV"),
+    ],
+)
+def test_a_worker_that_is_ended_is_one_line(number, message):
+    source = [{"label": i} for i in range(8)]
+    batches = train_batches(source, Ends(number), batch_size=4, seed=0, num_workers=1)
+    with pytest.raises(UserError, match=message):
+        next(batches)

@@ -1,5 +1,6 @@
 """What a run says of itself before its first step."""
 
+import json
 import types
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from vssd_jax.config import classification_config
 from vssd_jax.errors import UserError
 from vssd_jax.training import report
 from vssd_jax.training.state import TrainState
@@ -74,3 +76,17 @@ def test_a_programs_memory(capsys):
     assert report.program_bytes(program) == 2**21 + 2**20 - 2**19 + 2**22
     report.announce(program)
     assert capsys.readouterr().out == "memory per device: training step 6.5 MiB\n"
+
+
+def test_a_learning_rate_that_changes_is_said(capsys):
+    config = classification_config()
+    config.update(steps=100, batch_size=8, learning_rate=1e-3, learning_rate_batch=8)
+    before = json.loads(json.dumps(config.to_dict()))
+    report.compare_rates(None, config, 80, 50)
+    report.compare_rates(before, config, 80, 50)
+    assert capsys.readouterr().out == ""
+    config.batch_size = 16
+    report.compare_rates(before, config, 80, 50)
+    assert capsys.readouterr().out == (
+        "the learning rate at step 50 changes from 0.0005 to 0.001\n"
+    )

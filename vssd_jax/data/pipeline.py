@@ -4,7 +4,11 @@ Batch i of the training stream holds the same samples, in the same order and wit
 random transforms, whatever the number of workers and processes, and also after a resume.
 """
 
+import contextlib
 import gc
+import re
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +16,7 @@ import grain
 import numpy as np
 
 from vssd_jax.data.source import Source
+from vssd_jax.errors import UserError
 
 
 def _iterate(dataset: grain.MapDataset, num_workers: int) -> Iterator[dict]:
@@ -22,10 +27,35 @@ def _iterate(dataset: grain.MapDataset, num_workers: int) -> Iterator[dict]:
     iterator = iter(batches)
     try:
         yield from iterator
+    except Exception as error:
+        ended = re.search(r"exit code -(\d+)", str(error))  # of a worker, by a signal
+        if ended is None:
+            raise
+        raise UserError(_describe_end(int(ended[1]))) from error
     finally:  # ends the workers and frees the memory that they share
         getattr(iterator, "close", lambda: None)()
         del iterator
         gc.collect()  # Grain's threads end in a reference cycle that holds the last batches
+
+
+def _describe_end(number: int) -> str:
+    """Why a worker was ended by this signal, and what to do."""
+    if number == signal.SIGBUS:
+        size = "has no room left"
+        with contextlib.suppress(OSError):
+            size = f"of {shutil.disk_usage('/dev/shm').total / 2**20:.0f} MiB has no room left"
+        return (
+            f"a worker process of the data pipeline was ended: the shared memory in /dev/shm {size}"
+            "; raise it (Docker: --shm-size=16g, Kubernetes: an emptyDir with medium Memory), or "
+            "take fewer config.num_workers (0 uses threads)"
+        )
+    if number == signal.SIGKILL:
+        return (
+            "a worker process of the data pipeline was killed, probably for lack of memory; take "
+            "fewer config.num_workers"
+        )
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"a worker process of the data pipeline was ended by {name}"
 
 
 def train_batches(

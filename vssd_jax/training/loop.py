@@ -45,6 +45,7 @@ def train(
             parts = run.checkpoints.restore(to_parts(trainer.abstract))
             state = from_parts(parts, trainer.abstract)
             say(f"resumed {workdir} at step {run.start} of {plan.total}")
+            report.compare_rates(run.previous_config, config, task.train_size, run.start)
         else:
             state = trainer.fresh_state(_initial_weights(task, trainer))
         results = run.results

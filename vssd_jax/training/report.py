@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import ml_collections
 
 from vssd_jax import strict_json
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
+from vssd_jax.training.optimizer import make_schedule
 from vssd_jax.training.state import TrainState
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
@@ -96,3 +98,28 @@ def announce(program: jax.stages.Compiled) -> None:
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def compare_rates(
+    previous: Mapping[str, Any] | None,
+    config: ml_collections.ConfigDict,
+    train_size: int,
+    step: int,
+) -> None:
+    """Says how the learning rate of the next step changes where a run resumes.
+
+    Args:
+      previous: the config of the run so far; None if it is not known.
+      config: of the run from now on.
+      train_size: number of training images.
+      step: number of steps done.
+    """
+    if previous is None:
+        return
+    before = ml_collections.ConfigDict({**config.to_dict(), **previous})
+    old, new = (
+        float(make_schedule(fields, max(train_size // fields.batch_size, 1))(step))
+        for fields in (before, config)
+    )
+    if not math.isclose(old, new, rel_tol=1e-6):
+        say(f"the learning rate at step {step} changes from {old:.4g} to {new:.4g}")

@@ -69,7 +69,10 @@ class Run:
       stopping: whether a signal asked for the end.
       clock: of training; evaluation, saving and compilation pause it.
       checkpoints: of the run's folder.
+      previous_config: what the folder's config was before, if it is known.
     """
+
+    previous_config: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -209,11 +212,13 @@ def open_run(
     """
     workdir = pathlib.Path(workdir)
     with (
-        claim(workdir, config, checkpoint_bytes=checkpoint_bytes),
+        claim(workdir, config, checkpoint_bytes=checkpoint_bytes) as previous,
         Checkpoints(workdir, best_metric=best_metric) as checkpoints,
         contextlib.ExitStack() as resources,
     ):
-        yield Run(workdir, plan, best_metric, config["max_nonfinite"], checkpoints, resources)
+        run = Run(workdir, plan, best_metric, config["max_nonfinite"], checkpoints, resources)
+        run.previous_config = previous
+        yield run
 
 
 def _means(metrics: list[dict[str, Any]]) -> dict[str, float]:

@@ -19,8 +19,10 @@ from vssd_jax.errors import UserError, describe_difference
 @contextlib.contextmanager
 def claim(
     workdir: pathlib.Path, config: Mapping[str, Any], *, checkpoint_bytes: int
-) -> Iterator[None]:
+) -> Iterator[dict[str, Any] | None]:
     """Makes and locks the folder while the context lasts, and writes the config into it.
+
+    It gives the config that was there before, on the process that writes, or None.
 
     Args:
       workdir: the folder.
@@ -32,7 +34,7 @@ def claim(
     """
     try:
         if not is_main():
-            yield
+            yield None
             return
         workdir.mkdir(parents=True, exist_ok=True)
         with _lock(workdir):
@@ -42,8 +44,7 @@ def claim(
                     f"a checkpoint takes {checkpoint_bytes / 1e6:.0f} MB, and {workdir} has "
                     f"{free / 1e6:.0f} MB left"
                 )
-            _note_config(workdir / "config.json", config)
-            yield
+            yield _note_config(workdir / "config.json", config)
     except OSError as error:
         if error.filename is not None and not _is_inside(error.filename, workdir):
             raise  # of something else
@@ -76,8 +77,9 @@ def _lock(workdir: pathlib.Path) -> Iterator[None]:
         ) from None
 
 
-def _note_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
-    text = strict_json.dumps(dict(config), indent=2)
+def _note_config(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Writes the config, says what changed, and returns the one from before."""
+    text, old = strict_json.dumps(dict(config), indent=2), None
     if path.exists():
         old, new = json.loads(path.read_text()), json.loads(text)
         for key in sorted(old.keys() | new.keys()):
@@ -95,3 +97,4 @@ def _note_config(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     part = path.with_suffix(".part")
     part.write_text(text)
     os.replace(part, path)
+    return old
