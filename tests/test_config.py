@@ -81,6 +81,15 @@ def test_values_that_cannot_be_used(task, field, value, allowed):
     assert str(error.value).endswith(f" must be {allowed}")
 
 
+def test_a_config_of_an_earlier_version_gets_the_new_fields():
+    config = configs.detection_config()
+    del config.max_pixels
+    config.max_objects = 7
+    config.lock()
+    configs.add_missing(config)
+    assert (config.max_pixels, config.max_objects) == (89_478_485, 7)
+
+
 def test_the_fields_of_the_augmentation():
     config = configs.classification_config()
     config.augmentation = {"crop_areas": (0.1, 1.0)}

@@ -316,6 +316,20 @@ OPTIONAL = frozenset(
 )  # fmt: skip
 
 
+def add_missing(config: ml_collections.ConfigDict) -> None:
+    """Gives the fields that a config of an earlier version lacks their defaults."""
+    makers = {
+        "classification": classification_config,
+        "segmentation": segmentation_config,
+        "detection": detection_config,
+    }
+    defaults = makers.get(config.get("task"), base_config)()
+    with config.unlocked():
+        for name in defaults:
+            if name not in config:
+                config[name] = defaults[name]
+
+
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises a UserError for the first field whose value cannot be used."""
     _check(config, _ALLOWED, "config")

@@ -185,7 +185,8 @@ def test_another_model_in_the_workdir_is_refused(run):
 class GoldenTask(Classification):
     """Classification of the golden case's images, which are normalised, with soft targets."""
 
-    train_size, dataset_classes = 6 * 4, 10  # six steps an epoch
+    train_size = 6 * 4  # six steps an epoch
+    class_names = tuple(map(str, range(10)))
 
     def normalize(self, images):
         return images

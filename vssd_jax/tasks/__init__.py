@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
-from vssd_jax.config import check
+from vssd_jax.config import add_missing, check
 from vssd_jax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def make_task(
     """The task that `config.task` names.
 
     Args:
-      config: of the run.
+      config: of the run; fields that it lacks get their defaults.
       tta: average predictions over scaled and mirrored images; segmentation only.
       save_predictions: a folder for predictions and pictures; detection and segmentation only.
 
@@ -62,6 +62,7 @@ def make_task(
       UserError: there is no such task, it does not have these options, `config` does not fit it,
         or a field of `config` has a value that cannot be used.
     """
+    add_missing(config)
     check(config)
     name, make = config.task, _registered.get(config.task)
     if make is None:
