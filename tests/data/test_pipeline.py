@@ -162,13 +162,15 @@ def test_evaluation_batches_of_pictures(tmp_path):
 
 
 class Ends:
-    """A transform that ends its own process by a signal."""
+    """A transform that ends its own process, by a signal or with an exit code."""
 
     def __init__(self, number):
         self.number = number
 
     def __call__(self, element, rng):
-        os.kill(os.getpid(), self.number)
+        if isinstance(self.number, signal.Signals):
+            os.kill(os.getpid(), self.number)
+        os._exit(self.number)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +178,8 @@ class Ends:
     [
         (signal.SIGBUS, r"/dev/shm of \d+ MiB has no room left; raise it \(Docker"),
         (signal.SIGKILL, "killed, probably for lack of memory; take fewer config.num_workers"),
-        (signal.SIGSEGV, "ended by SIGSEGV"),
+        (signal.SIGSEGV, "ended with SIGSEGV; "),
+        (3, "ended with exit code 3; .* config.num_workers=0"),
     ],
 )
 def test_a_worker_that_is_ended_is_one_line(number, message):

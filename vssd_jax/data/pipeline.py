@@ -28,7 +28,7 @@ def _iterate(dataset: grain.MapDataset, num_workers: int) -> Iterator[dict]:
     try:
         yield from iterator
     except Exception as error:
-        ended = re.search(r"exit code -(\d+)", str(error))  # of a worker, by a signal
+        ended = re.search(r"Worker process was terminated .* exit code (-?\d+)", str(error))
         if ended is None:
             raise
         raise UserError(_describe_end(int(ended[1]))) from error
@@ -38,9 +38,9 @@ def _iterate(dataset: grain.MapDataset, num_workers: int) -> Iterator[dict]:
         gc.collect()  # Grain's threads end in a reference cycle that holds the last batches
 
 
-def _describe_end(number: int) -> str:
-    """Why a worker was ended by this signal, and what to do."""
-    if number == signal.SIGBUS:
+def _describe_end(exit_code: int) -> str:
+    """Why a worker ended, and what to do."""
+    if exit_code == -signal.SIGBUS:
         size = "has no room left"
         with contextlib.suppress(OSError):
             size = f"of {shutil.disk_usage('/dev/shm').total / 2**20:.0f} MiB has no room left"
@@ -49,13 +49,18 @@ def _describe_end(number: int) -> str:
             "; raise it (Docker: --shm-size=16g, Kubernetes: an emptyDir with medium Memory), or "
             "take fewer config.num_workers (0 uses threads)"
         )
-    if number == signal.SIGKILL:
+    if exit_code == -signal.SIGKILL:
         return (
             "a worker process of the data pipeline was killed, probably for lack of memory; take "
             "fewer config.num_workers"
         )
-    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-    return f"a worker process of the data pipeline was ended by {name}"
+    how = f"exit code {exit_code}"
+    if -exit_code in set(signal.Signals):
+        how = signal.Signals(-exit_code).name
+    return (
+        f"a worker process of the data pipeline ended with {how}; its own messages are above, and "
+        "config.num_workers=0 reads without workers"
+    )
 
 
 def train_batches(
