@@ -2,8 +2,6 @@ import argparse
 import collections
 import contextlib
 import datetime
-import glob
-import operator
 import os
 import pathlib
 import struct
@@ -709,6 +707,8 @@ W, V = torch.tensor([1.0]), torch.tensor([2.0])
         ({"model": {"w": W}, "params": {"lr": 0.1}}, None, 1, "model"),
         ({"params": {"w": W}, "params_ema": {"w": V}}, None, 2, "ema"),
         ({"generator": {"w": W}, "epoch": 3}, "generator", 1, "generator"),
+        ({"model": {"w": W}, "network": {"w": V}}, "model", 1, "model"),
+        ({"ema": {"w": W}, "params_ema": {"w": V}}, "ema", 1, "ema"),
     ],
 )
 def test_select(checkpoint, which, value, taken, tmp_path):
@@ -726,46 +726,101 @@ def test_what_was_taken_and_stripped_is_said(tmp_path, capsys):
     assert "took its entry 'network', stripped '_orig_mod.module.' from every name" in said
 
 
-class Calls:
-    """Its pickle calls a function."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-def test_code_that_was_not_run_is_named(tmp_path, capsys):
+def test_settings_are_not_called_code(tmp_path, capsys):
     settings = {
         "args": argparse.Namespace(lr=0.1), "path": pathlib.Path("x"), "set": {1},
         "when": datetime.date(2024, 1, 1), "loss": np.float64(1), "device": torch.device("cpu"),
         "optimizer": torch.optim.SGD([W]).state_dict(), "counts": collections.Counter("ab"),
+        "dtype": torch.float32, "array": np.ones(2), "rng": torch.get_rng_state(),
+        "head": torch.nn.Linear(1, 1), "best": torch.nn.Parameter(W),
     }  # fmt: skip
     load(save(tmp_path, {"model": {"w": W}, **settings}))
     assert capsys.readouterr().out == ""
-    for code in (Calls(operator.attrgetter, "system"), Calls(glob.glob, "*")):
-        load(path := save(tmp_path, {"model": {"w": W}, "extra": code}))
-        said = capsys.readouterr().out
-        assert f"warning: {path} names code: {code.call[0].__module__}." in said
-        assert code.call[0].__name__ in said
-        assert "nothing of it was run here" in said
 
 
-def test_pickles_beside_the_checkpoint_are_said(tmp_path, capsys):
-    path = save(tmp_path, {"model": {"w": W}})
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("file/other.pkl", b"N.")
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("operator", "attrgetter"),
+        ("glob", "glob"),
+        ("torch.storage", "_load_from_bytes"),
+        ("torch.hub", "load"),
+        ("pathlib", "Path.unlink"),
+        ("pathlib", "_ignore_error"),
+        ("mmengine.config", "Config.fromfile"),
+        ("mmengine.config.evil", "evil"),
+        ("pathlibs", "Path"),
+        ("__main__", "Config"),
+    ],
+)
+@pytest.mark.parametrize("names", [hostile.names, hostile.stack_names])
+def test_code_that_was_not_run_is_named(module, name, names, tmp_path, capsys):
+    extra = hostile.call(names(module, name), hostile.text("x"))
+    path = hostile.write_zip(tmp_path / "file.pth", hostile.checkpoint(extra=extra))
     load(path)
-    assert "holds further pickles: file/other.pkl; nothing" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith(f"warning: {path} names code: {module}.{name}; nothing of it was run")
+    assert said.count("\n") == 1
+
+
+def test_code_that_many_names_describe(tmp_path, capsys):
+    extra = b"".join(hostile.names("m", f"f{i}") + b"0" for i in range(10)) + b"N"
+    load(hostile.write_zip(tmp_path / "file.pth", hostile.checkpoint(extra=extra)))
+    assert "m.f0, m.f1" in (said := capsys.readouterr().out)
+    assert "m.f7 and 2 more; nothing" in said
+
+
+def beside(path, place, pickled):
+    """Adds a pickle to a file, in a place that the checkpoint does not reach."""
+    if place == "archive":
+        path.write_bytes(path.read_bytes() + pickled)
+        return
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
+    if place == "record":
+        records["file/other.pkl"] = pickled
+    else:
+        records["file/data.pkl"] += pickled
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in records.items():
-            if not name.endswith("other.pkl"):
-                archive.writestr(name, data + b"cos\nsystem\n." * name.endswith("data.pkl"))
+            archive.writestr(name, data)
+
+
+PLACES = {
+    "record": "holds further pickles: file/other.pkl",
+    "pickle": "bytes after the end of its pickle",
+    "archive": "bytes after the end of its archive",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_code_beside_the_checkpoint_is_named(place, tmp_path, capsys):
+    path = save(tmp_path, {"model": {"w": W}})
+    # Two pickles, one after the other, of which the second breaks off.
+    beside(path, place, hostile.names("glob", "glob") + b"." + hostile.names("m", "f") + b"R")
     load(path)
-    assert "has 12 bytes after the end of its pickle" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"warning: {path} names code: glob.glob, m.f and " in said
+    assert PLACES[place] in said
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_harmful_names_beside_the_checkpoint_are_refused(place, tmp_path):
+    path = save(tmp_path, {"model": {"w": W}})
+    beside(path, place, hostile.names("posix", "system") + b".")
+    with pytest.raises(UserError, match=r"posix\.system") as error:
+        read_torch_file(path)
+    assert_one_line(error, path)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_no_pickle_is_said(place, tmp_path, capsys):
+    path = save(tmp_path, {"model": {"w": W}})
+    beside(path, place, b"\xff\xfe")
+    load(path)
+    said = capsys.readouterr().out
+    assert PLACES[place] in said
+    assert "names code" not in said
 
 
 def test_select_strips_module_only_from_all_names(tmp_path):
@@ -791,8 +846,13 @@ def test_select_strips_module_only_from_all_names(tmp_path):
         (W, None, "no state dict"),
         ({"model": {"w": W}}, "weights", "unknown weights 'weights'"),
         ({"g": {"w": W}}, "weights", "choose 'model' or 'ema' or 'g'"),
-        ({"teacher": {"w": W}, "student": {"w": V}}, None, "by --weights: teacher, student"),
-        ({"model": {"w": W}, "network": {"w": V}}, "model", "by --weights: model, network"),
+        (
+            {"teacher": {"w": W}, "student": {"w": V}},
+            None,
+            "models: teacher, student; .* --weights",
+        ),
+        ({"model": {"w": W}, "network": {"w": V}}, None, "models: model, network; .* --weights"),
+        ({"ema": {"w": W}, "params_ema": {"w": V}}, None, "models: ema, params_ema; choose"),
     ],
 )
 def test_select_refuses(checkpoint, which, message, tmp_path):

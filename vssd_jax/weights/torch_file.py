@@ -97,8 +97,8 @@ _SETTINGS = frozenset({
     "datetime.datetime", "datetime.time", "datetime.timedelta", "datetime.timezone",
     "decimal.Decimal", "easydict.EasyDict", "fractions.Fraction", "numpy.dtype", "numpy.ndarray",
     "torch.Generator", "torch.Tensor", "torch._C._nn.gelu", "torch.device", "torch.dtype",
-    "torch.layout", "torch.memory_format", "torch.nn.modules.activation.GELU",
-    "torch.serialization._get_layout", "types.SimpleNamespace", "uuid.UUID", "yacs.config.CfgNode",
+    "torch.layout", "torch.memory_format", "torch.serialization._get_layout",
+    "types.SimpleNamespace", "uuid.UUID", "yacs.config.CfgNode",
     *(f"torch.{name}" for name in (
         "complex32", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "qint8", "qint32",
         "quint8",
@@ -221,7 +221,6 @@ class _Archive:
         if magic != b"PK\x03\x04" or not same_name or zlib.crc32(data) != entry.CRC:
             raise _Refused(f"corrupt: record {_show(name)} does not match its checksum")
         return data
-
 
     def tail(self) -> bytes:
         """The bytes after the end of the archive, at most some 64 kB: a longer one hides it."""
