@@ -11,7 +11,16 @@ from flax import nnx
 
 from tests.kernels import examples, rows
 from vssd_jax.errors import UserError
-from vssd_jax.kernels import dispatch, gelu, layer_norm, mlp, nc_ssd, nc_ssd_mixer
+from vssd_jax.kernels import (
+    depthwise_conv,
+    dispatch,
+    gelu,
+    layer_norm,
+    mlp,
+    nc_ssd,
+    nc_ssd_mixer,
+    relu,
+)
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 
 
@@ -21,9 +30,7 @@ def choose(operation, implementation, dtype, **changes):
 
 
 def nano(implementation):
-    model = VSSD(
-        VSSDConfig.nano(), num_classes=2, implementation=implementation, rngs=nnx.Rngs(0)
-    )
+    model = VSSD(VSSDConfig.nano(), num_classes=2, implementation=implementation, rngs=nnx.Rngs(0))
     model.eval()
     return model
 
@@ -188,3 +195,27 @@ def test_a_kernel_for_inference_has_the_gradient_of_the_plain_function():
         for a, b, expected in zip(actual, gradients, (2 * np.cos(x), np.sin(x)), strict=True):
             np.testing.assert_allclose(a, expected, rtol=1e-6)
             np.testing.assert_allclose(b, expected, rtol=1e-6)
+
+
+def test_automatic_gradients_are_those_of_the_operations_own():
+    zeros = jnp.zeros((1, 4, 4, 2))
+    kernel, bias = jnp.ones((3, 3, 2)), jnp.zeros(2)
+    functions = {
+        "relu": relu.relu,
+        "gelu": gelu.gelu,
+        "relu_input": lambda x: depthwise_conv.depthwise_conv(x, kernel, bias, relu_input=True),
+        "relu_output": lambda x: depthwise_conv.depthwise_conv(x, kernel, bias, activation="relu"),
+    }
+    for name, function in functions.items():
+        for x in (zeros, jax.random.normal(jax.random.key(0), zeros.shape)):
+
+            def loss(x, function=function):
+                return (function(x) * jnp.arange(zeros.size).reshape(zeros.shape)).sum()
+
+            own = jax.grad(loss)(x)
+            with dispatch.automatic_gradients():
+                np.testing.assert_allclose(
+                    jax.grad(loss)(x), own, rtol=1e-4, atol=1e-4, err_msg=name
+                )
+                _, slope = jax.jvp(loss, (x,), (jnp.ones_like(x),))
+            np.testing.assert_allclose(slope, own.sum(), rtol=1e-4, atol=1e-3, err_msg=name)

@@ -133,7 +133,7 @@ def _acc(x: Array) -> jnp.dtype:
 
 
 def _activated(x: Array, relu_input: bool) -> Array:
-    return jnp.maximum(x, 0) if relu_input else x
+    return jax.nn.relu(x) if relu_input else x
 
 
 def _pad(x: Array) -> Array:

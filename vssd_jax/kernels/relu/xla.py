@@ -8,7 +8,7 @@ from jax import Array
 @jax.custom_vjp
 def relu(x: Array) -> Array:
     """See `vssd_jax.kernels.relu.api.relu`."""
-    return jnp.maximum(x, 0)
+    return jax.nn.relu(x)  # whose own derivative at 0 is 0 too; that of the maximum is 1/2
 
 
 relu.defvjp(lambda x: (relu(x),) * 2, lambda y, dy: (jnp.where(y > 0, dy, 0),))
