@@ -33,6 +33,14 @@ def test_weights_of_another_number_of_classes(tmp_path, capsys):
     assert "multiply-adds at" in capsys.readouterr().out
 
 
+def test_weights_without_a_head(tmp_path):
+    model = abstract(lambda rngs: build("vssd_nano", num_classes=0, rngs=rngs, **SMALL))
+    zeros = {name: jnp.zeros(shape) for name, shape in shapes(model).items()}
+    write_folder(tmp_path / "w", Weights("vssd_nano", 0, SMALL, zeros))
+    with pytest.raises(UserError, match="w has no head: there is nothing to evaluate"):
+        evaluate_weights(get_config(), tmp_path / "w")
+
+
 def test_weights_of_other_classes(tmp_path):
     model = abstract(lambda rngs: build("vssd_nano", num_classes=10, rngs=rngs, **SMALL))
     zeros = {name: jnp.zeros(shape) for name, shape in shapes(model).items()}

@@ -52,6 +52,8 @@ def evaluate_weights(
         overrides=config.model_options.to_dict(),
         allow_nonfinite=allow_nonfinite,
     )
+    if not loaded.num_classes:
+        raise UserError(f"{weights} has no head: there is nothing to evaluate")
     config = config.copy_and_resolve_references()
     config.num_classes = loaded.num_classes
     task = make_task(config, tta=tta, save_predictions=save_predictions)
