@@ -137,5 +137,5 @@ def check_finite(params: Mapping[str, np.ndarray]) -> None:
         more = f", and so are values of {len(bad) - 1} more tensors" if len(bad) > 1 else ""
         raise UserError(
             f"{count} of {params[bad[0]].size} values of the tensor {bad[0]} are not finite{more}; "
-            "--allow-nonfinite of eval.py and of the converter lets them pass (allow_nonfinite=True)"
+            "--allow-nonfinite of eval.py and the converter lets them pass (allow_nonfinite=True)"
         )
