@@ -116,7 +116,7 @@ def pillow_complete(data: bytes, rng: np.random.Generator) -> dict:
 
 def pipelines(root: pathlib.Path) -> dict:
     """name -> (index, generator) -> example."""
-    source = ImageFolder(root, "train")
+    source = ImageFolder(root / "train")
     decoded = DecodedSource(source)
     cache = CachedSource(decoded, root / "cache", shorter_side=256)
     # A long run soon knows the resizing matrix of every crop; these few pictures would not.

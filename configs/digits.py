@@ -14,6 +14,7 @@ def get_config(arg=None):
     config.model_options = {"drop_path": 0.1}
     config.dataset = "digits"
     config.image_size = 32
+    config.eval_crop = 1.0
     config.mixup_alpha = 0.4
 
     config.batch_size = 64

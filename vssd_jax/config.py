@@ -25,6 +25,10 @@ def base_config() -> ml_collections.ConfigDict:
 
     config.dataset = "imagenet2012"
     config.data_dir = "data"
+    # Names, separated by commas, or a text file with a name a line. Folders and categories are
+    # chosen and ordered by them; label maps have numbers, which they name. None: the dataset's.
+    config.class_names = ml_collections.config_dict.placeholder(str)
+    config.validation_share = 0.2  # of the samples, set aside where there is no validation part
     config.image_size = 224
     config.num_workers = 0  # processes that prepare batches; 0 uses threads
     config.max_unreadable = 0.01  # a greater share of unreadable pictures ends the run
@@ -67,6 +71,7 @@ def base_config() -> ml_collections.ConfigDict:
 def classification_config() -> ml_collections.ConfigDict:
     """The base config with the fields of classification."""
     config = base_config()
+    config.eval_crop = 0.875  # the square that counts in evaluation, of the shorter side
     config.label_smoothing = 0.1
     config.mixup_alpha = 0.0
     config.cutmix_alpha = 0.0
@@ -84,6 +89,16 @@ def segmentation_config() -> ml_collections.ConfigDict:
     config = base_config()
     config.task = "segmentation"
     config.dataset = "ade20k"
+    # Where the pictures and label maps are, in `data_dir` or anywhere else; None: where the layout
+    # has them.
+    for name in ("train_images", "train_labels", "val_images", "val_labels"):
+        config[name] = ml_collections.config_dict.placeholder(str)
+    # What the names of the files end with, before the ending: "_leftImg8bit". None: recognised.
+    config.image_suffix = ml_collections.config_dict.placeholder(str)
+    config.label_suffix = ml_collections.config_dict.placeholder(str)
+    # Whether label 0 is no class but ignored, and 1 the first class. None: as the dataset has it.
+    config.reduce_zero_label = ml_collections.config_dict.placeholder(bool)
+    config.ignore_label = 255  # of the label maps: pixels that do not count
     config.image_shape = (512, 2048)  # multiply-adds and throughput are given for it
     config.image_size = 512  # side of the crops for training
     # Images are scaled to fit these sides; for training times a factor drawn from `scales`.
@@ -108,6 +123,10 @@ def detection_config() -> ml_collections.ConfigDict:
     config = base_config()
     config.task = "detection"
     config.dataset = "coco"
+    # Where the pictures and COCO's JSON files are, in `data_dir` or anywhere else; None: where the
+    # layout has them.
+    for name in ("train_images", "train_annotations", "val_images", "val_annotations"):
+        config[name] = ml_collections.config_dict.placeholder(str)
     config.image_shape = (800, 1280)  # multiply-adds and throughput are given for it
     # Short sides, of which training takes one at random and evaluation the greatest.
     config.short_sides = (800,)
@@ -168,6 +187,12 @@ def imagenet_config() -> ml_collections.ConfigDict:
 # --- Checks -------------------------------------------------------------------------------------
 
 
+# Fields that name where the parts of a dataset are.
+PATHS = tuple(
+    f"{split}_{part}" for split in ("train", "val") for part in ("images", "labels", "annotations")
+)
+# Those that some datasets read and others do not: to set them for the others is a mistake.
+DATASET_FIELDS = ("class_names", *PATHS, "image_suffix", "label_suffix", "reduce_zero_label")
 _DICT = (Mapping, ml_collections.ConfigDict)
 _LARGEST = 2**31 - 1  # of whole numbers: steps are counted in int32
 _LARGEST_SIDE = 16384  # of pictures, in pixels
@@ -253,7 +278,9 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("ema_decay", "label_smoothing"), _BELOW_1),
     "max_class_share": ("greater than 0 and at most 1", lambda v: _share(v) and v > 0),
     "betas": ("two numbers from 0 to below 1", lambda v: _pair(v) and all(map(_BELOW_1[1], v))),
-    **dict.fromkeys(("remat", "crop", "exact_padding", "filter_empty"), _SWITCH),
+    **dict.fromkeys(
+        ("remat", "crop", "exact_padding", "filter_empty", "reduce_zero_label"), _SWITCH
+    ),
     "image_shape": _SIZE,
     "padded_shapes": (
         "one or more pairs of height and width",
@@ -278,10 +305,19 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(
         (
             "task", "model", "dataset", "data_dir", "implementation", "init_from",
-            "cache_decoded",
+            "cache_decoded", *PATHS,
         ),
         _TEXT,
     ),
+    "class_names": (
+        "names, separated by commas, or a text file",
+        lambda v: (isinstance(v, str) and v.strip() != "")
+        or (_list(v) and len(v) > 0 and all(isinstance(name, str) for name in v)),
+    ),
+    **dict.fromkeys(("image_suffix", "label_suffix"), ("a text", lambda v: isinstance(v, str))),
+    "validation_share": ("greater than 0 and less than 1", lambda v: _number(v) and 0 < v < 1),
+    "eval_crop": ("from 0.1 to 1", lambda v: _share(v) and v >= 0.1),
+    "ignore_label": ("a whole number from 0 to 255", lambda v: _whole(v) and 0 <= v <= 255),
     **dict.fromkeys(
         ("model_options", "augmentation"), ("a dict of fields", lambda v: isinstance(v, _DICT))
     ),
@@ -311,7 +347,8 @@ _AUGMENTATION: dict[str, tuple[str, Callable[[Any], bool]]] = {
 OPTIONAL = frozenset(
     (
         "num_classes", "implementation", "steps", "learning_rate_batch", "warmup_steps",
-        "save_every_steps", "init_from", "cache_decoded",
+        "save_every_steps", "init_from", "cache_decoded", "class_names", "image_suffix",
+        "label_suffix", "reduce_zero_label", *PATHS,
     )
 )  # fmt: skip
 

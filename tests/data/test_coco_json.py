@@ -97,11 +97,11 @@ def test_categories_must_be_in_order(tmp_path, categories, message):
 
 
 def test_problems_are_counted_by_kind(tmp_path):
-    bad = [annotation(i, segmentation=None if i % 3 else [[1, i]]) for i in range(60)]
+    bad = [annotation(i, segmentation="x" if i % 3 else [[1, i]]) for i in range(60)]
     text = coco_json.describe(instances(tmp_path, annotations=bad).problems)
     assert text.count("annotation") == 20
     assert text.endswith(
-        "and 40 more. In all: 40 x no mask, "
+        "and 40 more. In all: 40 x the mask is neither polygons nor a run-length code, "
         "20 x a polygon is not three or more pairs of numbers"
     )  # fmt: skip
 

@@ -130,7 +130,7 @@ def assert_equal(batches, expected):
 
 def test_training_batches_of_pictures(tmp_path):
     write_pictures(tmp_path, "train", 4)
-    source = DecodedSource(ImageFolder(tmp_path, "train"))
+    source = DecodedSource(ImageFolder(tmp_path / "train"))
     transform = TrainTransform(image_size=24)
     settings = {"batch_size": 4, "seed": 3}
     expected = take(train_batches(source, transform, **settings), 6)
@@ -150,7 +150,7 @@ def test_training_batches_of_pictures(tmp_path):
 
 def test_evaluation_batches_of_pictures(tmp_path):
     write_pictures(tmp_path, "val", 3)
-    source = DecodedSource(ImageFolder(tmp_path, "val"))
+    source = DecodedSource(ImageFolder(tmp_path / "val"))
     batches = list(eval_batches(source, EvalTransform(image_size=16), batch_size=4))
     assert [b["image"].shape for b in batches] == [(4, 16, 16, 3)] * 3
     valid = np.concatenate([b["valid"] for b in batches])

@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 from tests.resume import assert_same_run, train_with_stops
 from vssd_jax import UserError, create_model
 from vssd_jax.data.datasets import ade20k
+from vssd_jax.data.label_maps import open_folders, read_labels
 from vssd_jax.inference.evaluation import evaluate_weights
 from vssd_jax.tasks import make_task
 from vssd_jax.tasks import segmentation_metrics as metrics
@@ -114,12 +115,18 @@ def test_both_scales_and_the_classes_are_printed(evaluation):
 
 def test_saved_labels_give_the_printed_numbers(evaluation, data_dir):
     results, _, folder = evaluation
-    source = ade20k.ADE20K(data_dir, "validation")
+    source = open_folders(
+        data_dir / "images/validation",
+        data_dir / "annotations/validation",
+        class_names=ade20k.CLASSES,
+        reduce_zero_label=True,
+    )
     names = [f"{name}.png" for name in source.image_names]
     assert sorted(os.listdir(folder / "labels")) == sorted(os.listdir(folder / "overlays")) == names
     confusion = 0
     for index, name in enumerate(names):
-        predicted = ade20k.read_labels(folder / "labels" / name, 150)
+        predicted = read_labels(folder / "labels" / name) - 1
+        assert predicted.max() < 150
         assert len(np.unique(predicted)) > 1
         confusion += metrics.confusion_matrix(predicted[None], source[index]["label"][None], 150)
         with Image.open(folder / "overlays" / name) as overlay:
@@ -189,16 +196,10 @@ def test_a_stopped_run_resumes_bitwise(run, tmp_path, num_workers):
     assert_same_run(tmp_path, workdir)
 
 
-def palette(label):
-    picture = Image.fromarray(label).convert("P")
-    picture.putpalette([i % 256 for i in range(768)])
-    return picture
-
-
 BAD = {
     "is 56x40 pixels, its annotations are for 40x56": lambda label: Image.fromarray(label.T),
     "holds the label 151; it must lie in 0 to 150": lambda label: Image.fromarray(label + 151),
-    "is a palette PNG": palette,
+    "is a PNG of mode RGB": lambda label: Image.fromarray(np.stack([label] * 3, -1)),
     "without a file in": None,
 }
 
@@ -292,7 +293,7 @@ def test_bad_labels_are_one_line_of_the_command(tmp_path):
     [
         ({"dataset": "ade"}, "did you mean 'ade20k'"),
         ({"num_classes": 11}, "num_classes=11, and ade20k has 150"),
-        ({"data_dir": "/nowhere"}, "/nowhere/images/training cannot be listed"),
+        ({"data_dir": "/nowhere"}, "/nowhere has no folder images"),
         ({"init_from": "/nowhere"}, "/nowhere"),
     ],
 )

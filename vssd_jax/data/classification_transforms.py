@@ -177,17 +177,18 @@ class TrainTransform:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """Shorter side to image_size / 0.875 (256 for 224), then the central square.
+    """Shorter side to image_size / crop (256 for 224), then the central square.
 
     `image` (H, W, 3) uint8 becomes (image_size, image_size, 3) uint8; the rest stays. Roundings
     are torchvision's.
     """
 
     image_size: int = 224
+    crop: float = 0.875
 
     def __call__(self, example: dict) -> dict:
         size = self.image_size
-        image = resize_shorter_side(example["image"], size * 8 // 7)
+        image = resize_shorter_side(example["image"], math.floor(size / self.crop))
         top = round((image.shape[0] - size) / 2)
         left = round((image.shape[1] - size) / 2)
         image = image[top : top + size, left : left + size]

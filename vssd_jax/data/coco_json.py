@@ -73,7 +73,7 @@ class Annotation:
       bbox: x, y, width and height in pixels.
       area: in pixels.
       crowd: whether it marks a group of objects.
-      segmentation: polygons or run lengths, see `coco_masks`.
+      segmentation: polygons or run lengths, see `coco_masks`; None where there is but a box.
     """
 
     image_id: Id
@@ -91,7 +91,7 @@ class Instances:
     Attributes:
       images: by id, in the file's order.
       annotations: of these images, in the file's order.
-      categories: name by id, in the order of the ids.
+      categories: name by id, in the order of the ids, without those that only group others.
       problems: everything that was left out.
     """
 
@@ -108,7 +108,7 @@ def read_instances(path: str | os.PathLike) -> Instances:
       UserError: it cannot be read, is of another format, or its categories are not in order.
     """
     data = _load(path)
-    categories = _categories(path, data["categories"])
+    categories, groups = _categories(path, data["categories"])
     problems: list[Problem] = []
     images, left_out = _images(data["images"], problems)
     by_text = {str(number): image for number, image in images.items()}
@@ -130,6 +130,10 @@ def read_instances(path: str | os.PathLike) -> Instances:
             continue
         annotations.append(annotation)
         problems += [Problem(where, str(fault), fault.kind) for fault in faults]
+    # Roboflow lists the name of the whole data as the first category.
+    for number in groups - {a.category_id for a in annotations}:
+        if len(categories) > 1:
+            del categories[number]
     return Instances(images, annotations, categories, problems)
 
 
@@ -245,13 +249,13 @@ def read_segmentation(value: Any, size: tuple[int, int]) -> tuple[Any, list[BadF
     """Polygons without the bad ones among them, or a run-length code of the size (H, W).
 
     Returns:
-      The mask, and the faults of the polygons that were left out.
+      The mask, None where there is none, and the faults of the polygons that were left out.
 
     Raises:
       BadField: nothing is left, or the run lengths are broken.
     """
     if value is None or value == []:
-        raise BadField("no mask")
+        return None, []
     if isinstance(value, list):
         if isinstance(value[0], int | float):  # one polygon, without the list around it
             value = [value]
@@ -305,8 +309,11 @@ def _entry(value: Any) -> dict[str, Any]:
     return value
 
 
-def _categories(path: str | os.PathLike, entries: list) -> dict[int, str]:
+def _categories(path: str | os.PathLike, entries: list) -> tuple[dict[int, str], set[int]]:
+    """The names by id, and the ids of those that are the supercategory of others and have none."""
     names: dict[int, str] = {}
+    above = {str(e.get("supercategory")) for e in entries if isinstance(e, dict)}
+    groups: set[int] = set()
     for place, entry in enumerate(entries):
         try:
             fields = _entry(entry)
@@ -321,9 +328,11 @@ def _categories(path: str | os.PathLike, entries: list) -> dict[int, str]:
         if name in names.values():
             raise UserError(f"{path}: the category {name!r} occurs twice; rename or merge them")
         names[number] = name
+        if name in above - {"none"} and str(fields.get("supercategory")) == "none":
+            groups.add(number)
     if not names:
         raise UserError(f"{path} has no categories")
-    return dict(sorted(names.items()))
+    return dict(sorted(names.items())), groups
 
 
 def _images(entries: list, problems: list[Problem]) -> tuple[dict[Id, Image], set[str]]:

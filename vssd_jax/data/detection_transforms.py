@@ -56,12 +56,17 @@ def train_transform(
       image_shape: (2,) int32 height and width without the padding.
       boxes: (M, 4) float32, labels (M,) int32, valid (M,) bool.
       masks: (M, H, W / 8) uint8, a bit a pixel along the width.
+      has_mask: (M,) bool, False where an object has a box alone.
       replaced: as of `DecodedSource`.
     """
     image = element["image"]
     shape = padded_shape(element.get("like", image.shape[:2]), shapes)
     boxes, labels = element["boxes"].copy(), element["labels"]
-    masks = [rasterise(s, image.shape[:2]) for s in element["segmentations"][:max_objects]]
+    segmentations = element["segmentations"][:max_objects]
+    masks = [
+        np.zeros(image.shape[:2], np.uint8) if s is None else rasterise(s, image.shape[:2])
+        for s in segmentations
+    ]
     boxes, labels = boxes[:max_objects], labels[:max_objects]
     if rng.random() < flip:
         image, masks = image[:, ::-1], [mask[:, ::-1] for mask in masks]
@@ -82,8 +87,10 @@ def train_transform(
         "labels": np.zeros((max_objects,), np.int32),
         "valid": np.arange(max_objects) < count,
         "masks": np.zeros((max_objects, shape[0], -(-shape[1] // 8)), np.uint8),
+        "has_mask": np.zeros((max_objects,), bool),
         "replaced": element["replaced"],
     }
+    result["has_mask"][:count] = [segmentations[i] is not None for i in np.flatnonzero(left)]
     result["boxes"][:count], result["labels"][:count] = boxes[left], labels[left]
     for packed, i in zip(result["masks"], np.flatnonzero(left), strict=False):
         bits = np.packbits(masks[i], axis=-1)

@@ -32,6 +32,7 @@ class Dataset:
       transforms: config to the transforms for training and for evaluation, of the form of
         `TrainTransform` and `EvalTransform` in `classification_transforms`; None takes these. Only
         for classification: detection and segmentation have transforms of their own.
+      fields: of the config, among `vssd_jax.config.DATASET_FIELDS`, that `open` reads.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Dataset:
     open: Callable[[ml_collections.ConfigDict, str], LabelledSource]
     class_names: Sequence[str] | None = None
     transforms: Callable[[ml_collections.ConfigDict], tuple[Callable, Callable]] | None = None
+    fields: Sequence[str] = ()
 
 
 _BUILT_IN = tuple(module.name for module in pkgutil.iter_modules(datasets.__path__))

@@ -38,13 +38,15 @@ class DetectionSource(LabelledSource, Protocol):
 
     A sample is a dict with `image` (encoded bytes), `index` (its number), `image_id`, `size`
     (height, width), `boxes` (N, 4) float32 x1 y1 x2 y2 in pixels, `labels` (N,) int32, and
-    `segmentations`, one for each object, which `coco_masks.rasterise` reads.
+    `segmentations`, one for each object, which `coco_masks.rasterise` reads, or None where there is
+    no mask.
 
     Attributes:
       category_ids: (classes,) the id of each label in the ground truth.
       image_ids: of the samples.
       sizes: (samples, 2) heights and widths.
-      object_counts: (samples,) numbers of objects.
+      object_counts, mask_counts: (samples,) numbers of objects, and of those with a mask.
+      image_classes: (samples, classes) bool, which classes the objects have.
     """
 
     @property
@@ -58,6 +60,16 @@ class DetectionSource(LabelledSource, Protocol):
 
     @property
     def object_counts(self) -> np.ndarray: ...
+
+    @property
+    def mask_counts(self) -> np.ndarray: ...
+
+    @property
+    def image_classes(self) -> np.ndarray: ...
+
+    def relabel(self, class_names: Sequence[str]) -> None:
+        """Numbers the classes in another order; a UserError if one of them is not in it."""
+        ...
 
     def ground_truth(self) -> dict[str, Any]:
         """The images, annotations and categories in COCO's instances format, for pycocotools.

@@ -67,6 +67,8 @@ def evaluate_weights(
         f"{config.model}: {results['parameters']:,} parameters, "
         f"{results['multiply_adds'] / 1e9:.3f} G multiply-adds at {size[0]}x{size[1]}"
     )
+    if loaded.class_names is not None:
+        task.align_classes(loaded.class_names)
     if task.dataset_classes != loaded.num_classes:
         raise UserError(
             f"{weights} has {loaded.num_classes} classes, and the {config.dataset} in "

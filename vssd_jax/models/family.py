@@ -83,6 +83,8 @@ class Detector(Model, Protocol):
             labels: (B, M) int32 class indices.
             valid: (B, M) bool, False for padding.
             masks: (B, M, H, W / 8) uint8, a bit a pixel along the width.
+            has_mask: (B, M) bool, False for objects that train the boxes alone; may be absent.
+            class_weights: (num_classes,) of the regions' classification; may be absent.
           rngs: with the streams `sampling` and `dropout`.
         """
         ...

@@ -273,6 +273,8 @@ class MaskRCNN(nnx.Module):
             labels: (B, M) int32 class indices.
             valid: (B, M) bool, False for padding.
             masks: (B, M, H, W / 8) uint8, a bit a pixel along the width.
+            has_mask: (B, M) bool, False for objects that train the boxes alone; may be absent.
+            class_weights: (num_classes,) of the regions' classification; may be absent.
           rngs: with the streams `sampling` and, if there is drop path, `dropout`.
 
         Returns:
@@ -393,6 +395,8 @@ class MaskRCNN(nnx.Module):
         objects = jnp.take_along_axis(batch["boxes"], assigned[..., None], axis=1)
         logits, deltas = self.box_head(self._roi_features(maps, regions, BOX_BINS))
         cls = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
+        if "class_weights" in batch:
+            cls *= jnp.append(batch["class_weights"], 1)[labels]  # 1 for the background
         of_class = jnp.minimum(labels, self.num_classes - 1)
         deltas = jnp.take_along_axis(deltas, of_class[..., None, None], axis=-2)[..., 0, :]
         box = _box_loss(regions, deltas, objects, positive, _BOX_STDS)
@@ -405,6 +409,8 @@ class MaskRCNN(nnx.Module):
         logits = _pick(self.mask_head(self._roi_features(maps, regions, MASK_BINS)), of_class)
         targets = jax.vmap(mask_targets)(batch["masks"], regions, assigned)
         mask = _binary_cross_entropy(logits, targets).mean((-1, -2))
+        if "has_mask" in batch:
+            positive &= jnp.take_along_axis(batch["has_mask"], assigned, axis=1)
         return {
             "roi_cls": jnp.where(used, cls, 0).sum() / count,
             "roi_box": box.sum() / count,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
+from vssd_jax.config import DATASET_FIELDS
 from vssd_jax.data import pipeline, registry
 from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.source import LabelledSource, Source
@@ -26,7 +27,7 @@ class BaseTask(Generic[SourceT]):
       config: of the run.
 
     Raises:
-      UserError: `config.dataset` is unknown or for another task.
+      UserError: `config.dataset` is unknown or for another task, or reads no such fields.
     """
 
     name: str  # as in `config.task` and `Dataset.task`
@@ -36,6 +37,9 @@ class BaseTask(Generic[SourceT]):
     def __init__(self, config: ml_collections.ConfigDict):
         self.config = config
         self.dataset = registry.find(config.dataset, self.name)
+        for field in DATASET_FIELDS:
+            if config.get(field) is not None and field not in self.dataset.fields:
+                raise UserError(f"config.{field} is not for the dataset {config.dataset!r}")
         self._sources: dict[str, SourceT] = {}
 
     @property
@@ -59,7 +63,7 @@ class BaseTask(Generic[SourceT]):
     @property
     def class_names(self) -> Sequence[str]:
         """The names of the classes that the labels come from."""
-        if self.dataset.class_names is not None:
+        if self.dataset.class_names is not None and self.config.get("class_names") is None:
             return self.dataset.class_names
         return self.source("val").class_names
 
@@ -96,6 +100,9 @@ class BaseTask(Generic[SourceT]):
                 f"the classes for training of {self.config.dataset} in {self.config.data_dir} are "
                 f"not those for evaluation: {describe_difference(train, val)}"
             )
+
+    def align_classes(self, names: Sequence[str]) -> None:
+        """Numbers the labels for evaluation as given weights do, where names tell how."""
 
     def write_predictions(self) -> None:
         """Writes the predictions of an evaluation, where that was asked for; here there are none.

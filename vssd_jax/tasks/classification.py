@@ -38,7 +38,7 @@ class Classification(BaseTask[LabelledSource]):
         if self.dataset.transforms is not None:
             return self.dataset.transforms(config)
         size = config.image_size
-        return TrainTransform(size, **config.augmentation), EvalTransform(size)
+        return TrainTransform(size, **config.augmentation), EvalTransform(size, config.eval_crop)
 
     def train_batches(self, start_step: int) -> Iterator[Batch]:
         """This process's share of the batches from `start_step` on, as NumPy arrays."""

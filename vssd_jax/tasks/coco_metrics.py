@@ -76,7 +76,11 @@ def to_results(
 
 
 def evaluate(
-    source: DetectionSource, results: list[dict], *, without: Container[int | str] = ()
+    source: DetectionSource,
+    results: list[dict],
+    *,
+    without: Container[int | str] = (),
+    masks: bool = True,
 ) -> dict[str, dict[str, float]]:
     """Mean average precision by pycocotools, over the images of the source.
 
@@ -84,6 +88,8 @@ def evaluate(
       source: has the ground truth.
       results: of `to_results`.
       without: ids of images that are left out.
+      masks: whether masks are judged too. An object without a mask is then a region, that of its
+        box, where masks neither count as right nor as wrong.
 
     Returns:
       {"box": ..., "mask": ...}, each with the `NUMBERS`; -1 where there are no such objects.
@@ -91,14 +97,22 @@ def evaluate(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    kinds = {kind: name for kind, name in KINDS.items() if masks or kind == "box"}
     if not results:
-        return {kind: dict.fromkeys(NUMBERS, 0.0) for kind in ("box", "mask")}
+        return {kind: dict.fromkeys(NUMBERS, 0.0) for kind in kinds}
     scores = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = source.ground_truth()
-        truth.createIndex()
-        for kind, name in KINDS.items():
+        dataset = source.ground_truth()
+        for kind, name in kinds.items():
+            truth = COCO()
+            # Copies: an evaluation leaves its notes in them.
+            truth.dataset = dataset | {
+                "annotations": [
+                    dict(a) if kind == "box" else _ignored_without_mask(a)
+                    for a in dataset["annotations"]
+                ]
+            }
+            truth.createIndex()
             evaluation = COCOeval(truth, truth.loadRes(results_of(name, results)), name)
             evaluation.params.imgIds = [i for i in sorted(truth.imgs) if i not in without]
             evaluation.evaluate()
@@ -106,6 +120,15 @@ def evaluate(
             evaluation.summarize()
             scores[kind] = dict(zip(NUMBERS, map(float, evaluation.stats), strict=True))
     return scores
+
+
+def _ignored_without_mask(annotation: dict) -> dict:
+    """A crowd of the box's shape in place of an object that has no mask."""
+    if annotation["segmentation"] is not None:
+        return dict(annotation)
+    x, y, w, h = annotation["bbox"]
+    polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    return {**annotation, "iscrowd": 1, "segmentation": polygon}
 
 
 def results_of(kind: str, results: list[dict]) -> list[dict]:

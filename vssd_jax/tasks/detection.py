@@ -3,7 +3,7 @@
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import jax
@@ -54,15 +54,41 @@ class Detection(BaseTask[DetectionSource]):
             except OSError as error:
                 raise UserError(f"{self._folder} cannot be written: {error.strerror}") from error
 
+    def _open(self, split: str) -> DetectionSource:
+        source = super()._open(split)
+        without = int(source.object_counts.sum() - source.mask_counts.sum())
+        if without:
+            say(
+                f"{without} of {source.object_counts.sum()} objects of {split} have a box and no "
+                "mask: masks are neither learned from them nor judged by them"
+            )
+        return source
+
+    def source(self, split: str) -> DetectionSource:
+        """The samples of "train" or "val"; categories are told apart by their names."""
+        opened = split in self._sources
+        source = super().source(split)
+        if not opened and split == "val" and "train" in self._sources:
+            source.relabel(self._sources["train"].class_names)
+        return source
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The names of the categories, of those for training if these are open."""
+        if self.dataset.class_names is None and "train" in self._sources:
+            return self._sources["train"].class_names
+        return super().class_names
+
+    def align_classes(self, names: Sequence[str]) -> None:
+        """Numbers the categories for evaluation as weights do that have the same ones."""
+        source = self.source("val")
+        if self.dataset.class_names is None and set(source.class_names) <= set(names):
+            source.relabel(names)
+
     def train_batches(self, start_step: int) -> Iterator[Batch]:
         """This process's share of the batches from `start_step` on, as NumPy arrays."""
         config, source = self.config, self.source("train")
         self._check_splits()
-        if not np.array_equal(source.category_ids, self.source("val").category_ids):
-            raise UserError(
-                f"the categories of the training images of {config.dataset} in {config.data_dir} "
-                "are not those of the evaluation images; give both annotation files the same"
-            )
         self._say_losses(source)
         batch_size = config.batch_size
         steps = total_steps(config, len(source) // batch_size)
@@ -133,7 +159,7 @@ class Detection(BaseTask[DetectionSource]):
         }
 
     def summarize(self, outputs: Iterator[dict[str, Any]]) -> dict[str, float]:
-        """COCO's twelve numbers for boxes and for masks.
+        """COCO's twelve numbers for boxes, and for masks if there are any.
 
         Raises a UserError if too many pictures are unreadable.
         """
@@ -155,7 +181,9 @@ class Detection(BaseTask[DetectionSource]):
         share = len(unreadable) / len(source)
         self._check_unreadable(share, "the pictures for evaluation")
         self._results = results
-        scores = coco_metrics.evaluate(source, results, without=unreadable)
+        scores = coco_metrics.evaluate(
+            source, results, without=unreadable, masks=bool(source.mask_counts.any())
+        )
         return {"val/unreadable": share} | {
             f"val/{kind}_{name}": value
             for kind, numbers in scores.items()

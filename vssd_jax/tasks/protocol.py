@@ -49,6 +49,10 @@ class Task(Protocol):
         """Number of samples of an epoch."""
         ...
 
+    def align_classes(self, names: Sequence[str]) -> None:
+        """Numbers the labels for evaluation as weights with these class names do, if names can."""
+        ...
+
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The fresh model, in training mode."""
         ...

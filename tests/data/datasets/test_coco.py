@@ -1,6 +1,7 @@
 """COCO's instances: elements, and bad annotations and files."""
 
 import json
+import pathlib
 import pickle
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 
 from tests.data.coco_files import SIZE, annotation, rectangle, rle, write
 from vssd_jax import UserError
+from vssd_jax.config import detection_config
 from vssd_jax.data.coco_masks import rasterise
+from vssd_jax.data.datasets import coco
 from vssd_jax.data.datasets.coco import CocoSource
 from vssd_jax.data.decode import DecodedSource
 
@@ -52,7 +55,6 @@ BAD = {
     "not four numbers": annotation(50) | {"bbox": [1, 2, 3]},
     "the box is not finite": annotation(50) | {"bbox": [1, 2, float("nan"), 4]},
     "the box is no list of numbers": annotation(50) | {"bbox": None},
-    "no mask": annotation(50, segmentation=[]),
     "a polygon is not three": annotation(50, segmentation=[[1, 2, 3, 4]]),
     "broken RLE: its runs": annotation(50, segmentation={"size": list(SIZE), "counts": [10, 20]}),
     "broken RLE": annotation(50, segmentation={"size": list(SIZE), "counts": "2^o`"}),
@@ -106,16 +108,16 @@ def test_broken_files(tmp_path):
 
 def test_the_reasons_are_given_where_nothing_is_left(tmp_path):
     crowds = [annotation(i, iscrowd=1) for i in range(1, 4)]
-    boxes = [annotation(i, segmentation=[]) for i in range(4, 40)]
-    paths = write(tmp_path, crowds + boxes)
+    odd = [annotation(i, segmentation=3) for i in range(4, 40)]
+    paths = write(tmp_path, crowds + odd)
     with pytest.raises(UserError) as error:
         CocoSource(*paths, training=True)
     for reason in (
         "has no usable images with objects",
         "3 crowds",
         "3 images without objects (config.filter_empty=False trains on them)",
-        "image 1, annotation 4: no mask",
-        "and 16 more. In all: 36 x no mask",
+        "image 1, annotation 4: the mask is neither",
+        "and 16 more. In all: 36 x the mask is neither",
     ):
         assert reason in str(error.value)
 
@@ -163,3 +165,105 @@ def test_an_unreadable_picture_is_replaced(tmp_path, capfd, monkeypatch):
     said = capfd.readouterr().err
     assert "image 1 (" in said
     assert "2.png" in said
+
+
+def test_objects_may_have_boxes_alone(tmp_path):
+    boxes = [annotation(6, segmentation=[]), annotation(7, image=3, segmentation=None)]
+    source = CocoSource(*write(tmp_path, [*GOOD, *boxes]), training=True)
+    assert not source.problems
+    assert [s is None for s in source[0]["segmentations"]] == [False] * 3 + [True]
+    np.testing.assert_array_equal(source.object_counts, [4, 2])
+    np.testing.assert_array_equal(source.mask_counts, [3, 1])
+
+
+def test_classes_are_chosen_and_ordered_by_name(tmp_path):
+    paths = write(tmp_path, GOOD)
+    source = CocoSource(*paths, class_names=("brush", "person"))
+    np.testing.assert_array_equal(source.category_ids, [90, 1])
+    np.testing.assert_array_equal(source[0]["labels"], [1, 0])
+    np.testing.assert_array_equal(source.image_classes, [[1, 1], [0, 0], [0, 1]])
+    assert "1 objects of other categories" in source.describe_problems()
+    truth = source.ground_truth()
+    assert {a["category_id"] for a in truth["annotations"]} == {1, 90}
+    with pytest.raises(UserError, match="no category 'persons'; did you mean 'person'"):
+        CocoSource(*paths, class_names=("persons",))
+    source.relabel(("sofa", "person", "brush"))
+    np.testing.assert_array_equal(source[0]["labels"], [1, 2])
+    np.testing.assert_array_equal(source.category_ids[1:], [1, 90])
+    assert len(set(source.category_ids.tolist())) == 3
+    np.testing.assert_array_equal(source.image_classes, [[0, 1, 1], [0, 0, 0], [0, 1, 0]])
+    with pytest.raises(UserError, match="'brush', which is not among those for training"):
+        source.relabel(("person", "sofa"))
+
+
+def layout(root, places):
+    """Writes `images` and JSON, a pair for each place, and gives what is read of them."""
+    for number, (images, annotations) in enumerate(places):
+        source, path = write(root, GOOD)
+        (root / images).mkdir(parents=True, exist_ok=True)
+        for name in ("1.png", "2.png", "3.png"):
+            (source / name).rename(root / images / f"{number}{name}")
+        data = json.loads(path.read_text())
+        for image in data["images"]:
+            image["file_name"] = f"{number}{image['file_name']}"
+        path.unlink()
+        (root / annotations).parent.mkdir(parents=True, exist_ok=True)
+        (root / annotations).write_text(json.dumps(data))
+    config = detection_config()
+    config.data_dir = str(root)
+    return config
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [(f"{s}2017", f"annotations/instances_{s}2017.json") for s in ("train", "val")],
+        [(s, f"{s}/_annotations.coco.json") for s in ("train", "valid")],
+        [(f"images/{s}", f"annotations/instances_{s}.json") for s in ("Train", "Validation")],
+        [("images", f"annotations/instances_{s}.json") for s in ("train", "val")],
+    ],
+)
+def test_layouts_are_recognised(tmp_path, places):
+    config = layout(tmp_path, places)
+    train, val = (coco.open_split(config, split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (2, 3)
+    assert pathlib.Path(train[0]["name"].split("(")[1][:-1]).name == "01.png"
+    assert pathlib.Path(val[0]["name"].split("(")[1][:-1]).name == "11.png"
+
+
+@pytest.mark.parametrize("annotations", ["annotations/instances_default.json", "labels.json"])
+def test_a_share_is_set_aside_where_there_is_no_validation_part(tmp_path, annotations, capfd):
+    config = layout(tmp_path, [("images", annotations)])
+    config.filter_empty = False
+    train, val = (coco.open_split(config, split) for split in ("train", "val"))
+    assert sorted(train.image_ids + val.image_ids) == [1, 2, 3]
+    assert len(val) == 1
+    assert "1 of 3 images are set aside" in capfd.readouterr().out
+
+
+def test_files_are_given_by_fields(tmp_path):
+    config = layout(tmp_path, [("a/pictures", "one.json"), ("b", "two.json")])
+    config.train_images, config.train_annotations = "a/pictures", "one.json"
+    config.val_images, config.val_annotations = "b", str(tmp_path / "two.json")
+    assert len(coco.open_split(config, "train")) == 2
+    assert len(coco.open_split(config, "val")) == 3
+    config.val_images = None
+    with pytest.raises(UserError, match=r"val_images and config\.val_annotations belong together"):
+        coco.open_split(config, "val")
+    config = layout(tmp_path / "c", [])
+    (tmp_path / "c").mkdir()
+    with pytest.raises(UserError, match=r"no known layout .*\(there: nothing; 0 JSON files\)"):
+        coco.open_split(config, "val")
+
+
+def test_a_category_that_only_groups_others_is_none(tmp_path):
+    paths = write(tmp_path, GOOD)
+    data = json.loads(paths[1].read_text())
+    for category in data["categories"]:
+        category["supercategory"] = "things"
+    data["categories"].append({"id": 0, "name": "things", "supercategory": "none"})
+    paths[1].write_text(json.dumps(data))
+    assert CocoSource(*paths).class_names == ["person", "train", "brush"]
+    data["annotations"][0]["category_id"] = 0
+    paths[1].write_text(json.dumps(data))
+    assert CocoSource(*paths).class_names == ["things", "person", "train", "brush"]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from vssd_jax.data.datasets import ade20k, digits_segmentation
+from vssd_jax.data.datasets import digits_segmentation
+from vssd_jax.data.label_maps import open_folders
 from vssd_jax.errors import UserError
 
 
@@ -17,7 +18,12 @@ def test_digit_scenes(tmp_path):
     present = set()
     for split, count in sizes.items():
         a, b = (
-            ade20k.ADE20K(tmp_path / name, split, class_names=digits_segmentation.CLASSES)
+            open_folders(
+                tmp_path / name / "images" / split,
+                tmp_path / name / "annotations" / split,
+                class_names=digits_segmentation.CLASSES,
+                reduce_zero_label=True,
+            )
             for name in "ab"
         )
         assert len(a) == count

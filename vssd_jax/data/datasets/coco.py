@@ -1,24 +1,30 @@
-"""COCO's instances: its folders and JSON as a random-access source.
+"""COCO's instances, and data of one's own in its format, in any of the usual layouts.
 
-    DATA_DIR/{train2017,val2017}/*.jpg
-    DATA_DIR/annotations/instances_{train2017,val2017}.json
+    DATA_DIR/{train2017,val2017}/*.jpg with annotations/instances_{train2017,val2017}.json
+    DATA_DIR/{train,valid}/*.jpg with _annotations.coco.json beside them (Roboflow)
+    DATA_DIR/images/{train,val}/*.jpg with annotations/instances_{train,val}.json (CVAT)
+    DATA_DIR/images/*.jpg with annotations/instances_default.json: a share is set aside
 
-The JSON is read once and checked; a picture is read when it is asked for.
+Other files are named by `config.train_images`, `train_annotations`, `val_images` and
+`val_annotations`. The JSON is read once and checked; a picture is read when it is asked for.
 """
 
 import os
 import pathlib
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
+from vssd_jax import known_classes
 from vssd_jax.data import coco_json
 from vssd_jax.data.coco_json import Problem
 from vssd_jax.data.registry import Dataset
-from vssd_jax.errors import UserError
+from vssd_jax.data.splits import set_aside
+from vssd_jax.distributed import say
+from vssd_jax.errors import UserError, did_you_mean
 
 _SMALLEST_SIDE = 32  # of an image to train on, in pixels
 
@@ -26,8 +32,9 @@ _SMALLEST_SIDE = 32  # of an image to train on, in pixels
 class CocoSource:
     """Images and their objects, a `DetectionSource`.
 
-    The `segmentations` of an element are polygons or run lengths, as in the JSON. Crowds are no
-    objects to learn from and are left out of the elements; `ground_truth` has them.
+    The `segmentations` of an element are polygons or run lengths, as in the JSON, or None for an
+    object that has a box alone. Crowds are no objects to learn from and are left out of the
+    elements; `ground_truth` has them.
 
     Args:
       images: folder of the pictures.
@@ -36,13 +43,17 @@ class CocoSource:
         objects.
       filter_empty: see `training`.
       bad_annotations: "skip" leaves out what is wrong and notes it in `problems`; "refuse" raises.
+      class_names: the categories whose objects count, in the order of their labels; empty takes
+        all, in the order of their ids.
+      choose: which of the images to take, by their files' names; None takes all.
 
     Attributes:
-      category_ids: (classes,) COCO's id of each label; labels number the ids in their order.
+      category_ids: (classes,) COCO's id of each label.
       class_names: of the labels.
       image_ids: COCO's ids of the images.
       sizes: (images, 2) height and width.
-      object_counts: (images,) numbers of objects.
+      object_counts, mask_counts: (images,) numbers of objects, and of those with a mask.
+      image_classes: (images, classes) bool, the classes of the objects.
       problems: everything left out because it is wrong.
 
     Raises:
@@ -57,6 +68,8 @@ class CocoSource:
         training: bool = False,
         filter_empty: bool = True,
         bad_annotations: str = "skip",
+        class_names: Sequence[str] = (),
+        choose: Callable[[list[str]], np.ndarray] | None = None,
     ):
         if bad_annotations not in ("skip", "refuse"):
             raise UserError(f'bad_annotations must be "skip" or "refuse": {bad_annotations!r}')
@@ -64,8 +77,13 @@ class CocoSource:
         instances = coco_json.read_instances(self.annotations)
         if not self.folder.is_dir():
             raise UserError(f"{self.folder} is no folder; it should hold the images of COCO")
-        self.category_ids = np.array(list(instances.categories), np.int64)
-        self.class_names = list(instances.categories.values())
+        ids = {name: number for number, name in instances.categories.items()}
+        for name in class_names:
+            if name not in ids:
+                near = did_you_mean(name, ids)
+                raise UserError(f"config.class_names: {annotations} has no category {name!r}{near}")
+        self.class_names = list(class_names or ids)
+        self.category_ids = np.array([ids[name] for name in self.class_names], np.int64)
         self.problems = list(instances.problems)
         files = self._find_files(instances.images.values())
         if self.problems and bad_annotations == "refuse":
@@ -73,18 +91,26 @@ class CocoSource:
                 f"{self.annotations}: {coco_json.describe(self.problems)}. Mend them, or leave "
                 'them out: bad_annotations="skip"'
             )
-        label = {number: i for i, number in enumerate(instances.categories)}
+        if choose is not None and files:
+            chosen = choose(list(files.values()))
+            files = {key: files[key] for key, take in zip(files, chosen, strict=True) if take}
+        label = {int(number): i for i, number in enumerate(self.category_ids)}
         objects: dict[coco_json.Id, list] = {number: [] for number in files}
-        crowds = 0
+        crowds = other = 0
         for a in instances.annotations:
-            if a.crowd:
+            if a.image_id not in objects:
+                continue
+            if a.category_id not in label:
+                other += 1
+            elif a.crowd:
                 crowds += 1
-            elif a.image_id in objects:
+            else:
                 x, y, w, h = a.bbox
                 box = (x, y, x + w, y + h)
                 objects[a.image_id].append((box, label[a.category_id], a.segmentation))
         left_out = {"crowds, which are no objects to learn from": crowds if training else 0}
-        records, names, sizes, counts = [], [], [], []
+        left_out["objects of other categories than config.class_names"] = other
+        records, names, sizes, counts, masks, classes = [], [], [], [], [], []
         self.image_ids: list[coco_json.Id] = []
         small = empty = 0
         for number, found in objects.items():
@@ -101,6 +127,8 @@ class CocoSource:
             self.image_ids.append(number)
             sizes.append(size)
             counts.append(len(found))
+            masks.append(sum(segmentation is not None for _, _, segmentation in found))
+            classes.append(np.isin(np.arange(len(label)), [o[1] for o in found]))
         left_out[f"images with a side below {_SMALLEST_SIDE} pixels"] = small
         left_out["images without objects (config.filter_empty=False trains on them)"] = empty
         self._left_out = {what: count for what, count in left_out.items() if count}
@@ -114,7 +142,29 @@ class CocoSource:
         self._records = np.frombuffer(b"".join(records), np.uint8)
         self._ends = np.cumsum([len(record) for record in records])
         self._files, self.sizes = np.array(names), np.array(sizes, np.int32)
-        self.object_counts = np.array(counts, np.int32)
+        self.object_counts, self.mask_counts = np.array(counts, np.int32), np.array(masks, np.int32)
+        self.image_classes = np.array(classes)
+        self._labels = np.arange(len(label), dtype=np.int32)  # of the order of the ids
+
+    def relabel(self, class_names: Sequence[str]) -> None:
+        """Numbers the classes in another order, which may have classes that occur here nowhere.
+
+        Raises:
+          UserError: a class of these is not in it.
+        """
+        place = {name: label for label, name in enumerate(class_names)}
+        if missing := [name for name in self.class_names if name not in place]:
+            raise UserError(
+                f"{self.annotations} has the category {missing[0]!r}, which is not among those for "
+                f"training{did_you_mean(missing[0], place)}"
+            )
+        new = np.array([place[name] for name in self.class_names], np.int32)
+        ids = self.category_ids.max() + 1 + np.arange(len(place))  # free ones
+        ids[new] = self.category_ids
+        classes = np.zeros((len(self), len(place)), bool)
+        classes[:, new] = self.image_classes
+        self.class_names, self.category_ids, self.image_classes = list(class_names), ids, classes
+        self._labels = new[self._labels]
 
     def describe_problems(self) -> str:
         """What was left out and why: numbers, and the first cases; empty if nothing was."""
@@ -127,6 +177,7 @@ class CocoSource:
         """The images of this source with all their good annotations, crowds too, as COCO's JSON."""
         # Read again: kept, it would be copied to every worker.
         instances, wanted = coco_json.read_instances(self.annotations), set(self.image_ids)
+        name = dict(zip(self.category_ids.tolist(), self.class_names, strict=True))
         images = [
             {"id": i.id, "file_name": i.file_name, "height": i.size[0], "width": i.size[1]}
             for i in instances.images.values()
@@ -143,9 +194,9 @@ class CocoSource:
                 "segmentation": a.segmentation,
             }
             for place, a in enumerate(instances.annotations)
-            if a.image_id in wanted
+            if a.image_id in wanted and a.category_id in name
         ]
-        categories = [{"id": i, "name": name} for i, name in instances.categories.items()]
+        categories = [{"id": number, "name": name[number]} for number in sorted(name)]
         return {"images": images, "annotations": annotations, "categories": categories}
 
     def _find_files(self, images: Iterable[coco_json.Image]) -> dict[coco_json.Id, str]:
@@ -176,26 +227,113 @@ class CocoSource:
             "image_id": self.image_ids[index],
             "size": tuple(map(int, self.sizes[index])),
             "boxes": np.array([o[0] for o in objects], np.float32).reshape(-1, 4),
-            "labels": np.array([o[1] for o in objects], np.int32),
+            "labels": self._labels[np.array([o[1] for o in objects], np.int32)],
             "segmentations": [o[2] for o in objects],
         }
 
 
+# --- Layouts -------------------------------------------------------------------------------------
+
+FIELDS = ("class_names", "train_images", "train_annotations", "val_images", "val_annotations")
+ROBOFLOW = "_annotations.coco.json"
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
+Pair = tuple[pathlib.Path, pathlib.Path]  # the folder of the pictures and the JSON
+Pairs = tuple[Pair | None, Pair | None]  # for training and for evaluation
+
+
 def open_split(config: ml_collections.ConfigDict, split: str) -> CocoSource:
-    """COCO 2017's "train" or "val" in `config.data_dir`."""
-    root, name = pathlib.Path(config.data_dir), f"{split}2017"
-    if not root.is_dir():
-        raise UserError(
-            f"there is no folder {root}; config.data_dir holds train2017/, val2017/ and "
-            "annotations/ of COCO"
-        )
+    """The images of "train" or "val" in `config.data_dir`.
+
+    Raises:
+      UserError: no known layout, or what `CocoSource` raises.
+    """
+    root = pathlib.Path(config.data_dir)
+    train, val = _given(config, root) if _has_fields(config) else _recognised(root)
+    pair = train if split == "train" or val is None else val
+    if pair is None:
+        raise UserError(f"{root} has images for evaluation, and none for training")
+    images, annotations = pair
+
+    def choose(names: list[str]) -> np.ndarray:
+        aside = set_aside(names, config.validation_share, config.seed)
+        if split == "val":
+            say(
+                f"{annotations} has no validation part: {aside.sum()} of {len(aside)} images are "
+                f"set aside, config.validation_share={config.validation_share}"
+            )
+        return aside if split == "val" else ~aside
+
     return CocoSource(
-        root / name,
-        root / "annotations" / f"instances_{name}.json",
+        images,
+        annotations,
         training=split == "train",
         filter_empty=config.filter_empty,
         bad_annotations=config.bad_annotations,
+        class_names=known_classes.parse(config.class_names),
+        choose=choose if val is None else None,
     )
 
 
-DATASET = Dataset("coco", "detection", open_split)
+def _has_fields(config: ml_collections.ConfigDict) -> bool:
+    return any(config[field] is not None for field in FIELDS[1:])
+
+
+def _given(config: ml_collections.ConfigDict, root: pathlib.Path) -> Pairs:
+    pairs: list[Pair | None] = []
+    for split in ("train", "val"):
+        images, annotations = config[f"{split}_images"], config[f"{split}_annotations"]
+        if (images is None) != (annotations is None):
+            raise UserError(f"config.{split}_images and config.{split}_annotations belong together")
+        pairs.append(None if images is None else (root / images, root / annotations))
+    return pairs[0], pairs[1]
+
+
+def _recognised(root: pathlib.Path) -> Pairs:
+    """The pictures and JSON for training and for evaluation, if they are there."""
+    if not root.is_dir():
+        raise UserError(
+            f"there is no folder {root}; config.data_dir holds train2017/, val2017/ and "
+            "annotations/ of COCO, or data of your own in its format"
+        )
+    train, val = (
+        next(filter(None, (_part(root, name) for name in SPLITS[split])), None)
+        for split in ("train", "val")
+    )
+    if train is None and val is None:
+        train = _whole(root)
+    return train, val
+
+
+def _part(root: pathlib.Path, name: str) -> Pair | None:
+    """Of a part such as "train", in any of the layouts."""
+    annotations = root / "annotations"
+    if (root / name / ROBOFLOW).is_file():
+        return root / name, root / name / ROBOFLOW
+    files = {path.name.lower(): path for path in annotations.glob("*.json")}
+    for part in (f"{name}2017", name):
+        for file in (f"instances_{part}.json", f"{part}.json"):
+            if file in files:
+                written = files[file].stem.removeprefix("instances_")
+                folders = (
+                    root / written, root / part, root / "images" / written, root / "images" / part,
+                    root / "images",
+                )  # fmt: skip
+                return next((f for f in folders if f.is_dir()), root / part), files[file]
+    return None
+
+
+def _whole(root: pathlib.Path) -> Pair:
+    """Of data without parts."""
+    files = sorted((*root.glob("annotations/*.json"), *root.glob("*.json")))
+    if len(files) == 1:
+        return (root / "images" if (root / "images").is_dir() else root), files[0]
+    there = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"no known layout of COCO's format in {root} (there: {there}; {len(files)} JSON files): "
+        "expected annotations/instances_train2017.json with train2017/, train/"
+        f"{ROBOFLOW}, or annotations/ with one JSON and images/; or give config.train_images, "
+        "train_annotations, val_images and val_annotations"
+    )
+
+
+DATASET = Dataset("coco", "detection", open_split, fields=FIELDS)

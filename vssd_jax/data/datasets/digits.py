@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from vssd_jax.data.classification_transforms import EvalTransform
 from vssd_jax.data.registry import Dataset
 from vssd_jax.errors import UserError
 
@@ -126,16 +127,6 @@ class TrainTransform:
         return {**element, "image": image}
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalTransform:
-    """Scales the digit up; the image becomes (size, size, 3) uint8."""
-
-    size: int
-
-    def __call__(self, element: dict) -> dict:
-        return {**element, "image": _warp(element["image"], self.size)}
-
-
 def open_split(config: ml_collections.ConfigDict, split: str) -> Digits:
     """The digits of "train" or "val" in `config.data_dir`, prepared at the first call."""
     return Digits(config.data_dir, split)
@@ -143,7 +134,8 @@ def open_split(config: ml_collections.ConfigDict, split: str) -> Digits:
 
 def transforms(config: ml_collections.ConfigDict) -> tuple[Callable, Callable]:
     """For training and for evaluation; a mirrored digit would be another shape."""
-    return TrainTransform(config.image_size), EvalTransform(config.image_size)
+    size = config.image_size
+    return TrainTransform(size), EvalTransform(size, config.eval_crop)
 
 
 DATASET = Dataset(

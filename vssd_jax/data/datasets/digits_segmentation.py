@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vssd_jax.data import scenes
-from vssd_jax.data.datasets.ade20k import ADE20K, SPLITS
+from vssd_jax.data.label_maps import LabelMaps, open_folders
 from vssd_jax.data.registry import Dataset
 from vssd_jax.errors import UserError
 
@@ -79,10 +79,15 @@ def prepare(data_dir: str | os.PathLike) -> pathlib.Path:
     return folder
 
 
-def open_split(config: ml_collections.ConfigDict, split: str) -> ADE20K:
+def open_split(config: ml_collections.ConfigDict, split: str) -> LabelMaps:
     """The scenes of "train" or "val" in `config.data_dir`, written at the first call."""
-    return ADE20K(
-        prepare(config.data_dir), SPLITS[split], class_names=CLASSES, max_pixels=config.max_pixels
+    root, part = prepare(config.data_dir), {"train": "training", "val": "validation"}[split]
+    return open_folders(
+        root / "images" / part,
+        root / "annotations" / part,
+        class_names=CLASSES,
+        reduce_zero_label=True,
+        max_pixels=config.max_pixels,
     )
 
 

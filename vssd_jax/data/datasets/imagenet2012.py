@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 import tensorflow_datasets as tfds
 
-from vssd_jax.data.image_folder import ImageFolder
+from vssd_jax.data.image_folder import ImageFolder, class_folders
 from vssd_jax.data.registry import Dataset
 from vssd_jax.errors import UserError
 
@@ -77,8 +77,11 @@ def open_imagenet(data_dir: str | os.PathLike, split: str) -> TfdsImageNet | Ima
     data_dir = pathlib.Path(data_dir)
     if prepared_folder(data_dir) is not None:
         return TfdsImageNet(data_dir, split)
-    if (data_dir / "train").is_dir() or (data_dir / "val").is_dir():
-        return ImageFolder(data_dir, split)
+    # A validation part that lacks a class keeps the labels of the training part.
+    if (data_dir / "train").is_dir():
+        return ImageFolder(data_dir / split, class_folders(data_dir / "train"))
+    if (data_dir / "val").is_dir():
+        return ImageFolder(data_dir / split)
     raise UserError(
         f"No ImageNet in {data_dir}: expected imagenet2012/<version>/ (made by `python -m "
         "vssd_jax.data.prepare_imagenet`) or folders like train/n01440764/*.JPEG and "
