@@ -57,6 +57,15 @@ def base_config() -> ml_collections.ConfigDict:
     config.ema_decay = 0.9999
     config.max_nonfinite = 10  # skipped steps in a row that end the run
 
+    # Fine-tuning. Rates of layers fall from the head to the input: layer_decay ** distance.
+    config.layer_decay = 1.0
+    config.freeze_stages = 0  # of the backbone, its stem included, that stay as they are
+    config.linear_probe = False  # train the classifier alone, or a head without its backbone
+    config.patience = 0  # evaluations without a better metric that end the run; 0: none do
+    # "balanced", or numbers separated by commas, one for each class: of the loss.
+    config.class_weights = ml_collections.config_dict.placeholder(str)
+    config.balanced_sampling = False  # draw samples of rare classes more often
+
     # Devices per axis; -1: all that are left. Each has its share of the batch; over "fsdp" the
     # parameters and the optimizer's state are split too.
     config.mesh = {"data": -1, "fsdp": 1}
@@ -229,6 +238,16 @@ def _list(value: Any) -> bool:
     return isinstance(value, tuple | list)
 
 
+def _weights(value: Any) -> bool:
+    if value == "balanced":
+        return True
+    try:
+        numbers = [float(number) for number in value.split(",")]
+    except (AttributeError, ValueError):
+        return False
+    return all(_number(number) and number >= 0 for number in numbers) and sum(numbers) > 0
+
+
 def _one_of(*choices: str) -> tuple[str, Callable[[Any], bool]]:
     return f"one of {', '.join(choices)}", lambda value: value in choices
 
@@ -263,7 +282,8 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     **dict.fromkeys(("image_size", "short_side", "long_side", "size_multiple"), _SIDE),
     **dict.fromkeys(
-        ("seed", "warmup_steps", "mesa_start_epoch", "max_pictures"), _WHOLE_NOT_NEGATIVE
+        ("seed", "warmup_steps", "mesa_start_epoch", "max_pictures", "freeze_stages", "patience"),
+        _WHOLE_NOT_NEGATIVE,
     ),
     "num_workers": ("a whole number from 0 to 1024", lambda v: _whole(v) and 0 <= v <= 1024),
     **dict.fromkeys(
@@ -276,10 +296,16 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("learning_rate", "epsilon"), _POSITIVE),
     **dict.fromkeys(("cutmix_probability", "max_unreadable", "flip"), _SHARE),
     **dict.fromkeys(("ema_decay", "label_smoothing"), _BELOW_1),
+    "layer_decay": ("greater than 0 and at most 1", lambda v: _share(v) and v > 0),
+    "class_weights": ("balanced, or numbers separated by commas", _weights),
     "max_class_share": ("greater than 0 and at most 1", lambda v: _share(v) and v > 0),
     "betas": ("two numbers from 0 to below 1", lambda v: _pair(v) and all(map(_BELOW_1[1], v))),
     **dict.fromkeys(
-        ("remat", "crop", "exact_padding", "filter_empty", "reduce_zero_label"), _SWITCH
+        (
+            "remat", "crop", "exact_padding", "filter_empty", "reduce_zero_label", "linear_probe",
+            "balanced_sampling",
+        ),
+        _SWITCH,
     ),
     "image_shape": _SIZE,
     "padded_shapes": (
@@ -348,7 +374,7 @@ OPTIONAL = frozenset(
     (
         "num_classes", "implementation", "steps", "learning_rate_batch", "warmup_steps",
         "save_every_steps", "init_from", "cache_decoded", "class_names", "image_suffix",
-        "label_suffix", "reduce_zero_label", *PATHS,
+        "label_suffix", "reduce_zero_label", "class_weights", *PATHS,
     )
 )  # fmt: skip
 

@@ -10,11 +10,17 @@ from flax import nnx
 from tests.conftest import GOLDEN
 from vssd_jax.config import base_config
 from vssd_jax.errors import UserError
-from vssd_jax.models import torch_names, vssd
+from vssd_jax.models import family, torch_names, vssd
 from vssd_jax.models.layers import BatchNorm, LayerNorm, Linear, Precision
 from vssd_jax.models.split import SplitModel
 from vssd_jax.models.vssd import VSSD, VSSDConfig
-from vssd_jax.training.optimizer import decayed, make_schedule
+from vssd_jax.training.optimizer import (
+    decayed,
+    frozen_parts,
+    layer_rates,
+    make_optimizer,
+    make_schedule,
+)
 
 
 def test_cosine_with_warm_up_scales_with_the_batch():
@@ -85,3 +91,70 @@ def test_unknown_names_are_refused():
     config.schedule = "cosin"
     with pytest.raises(UserError, match="did you mean 'cosine'"):
         make_schedule(config, 10)
+
+
+def nano(**fields):
+    config = base_config()
+    config.update({"model": "vssd_nano", "num_classes": 10} | fields)
+    return config
+
+
+def names_of(config):
+    def build(rngs):
+        return family.build(config.model, rngs=rngs, num_classes=10, **config.model_options)
+
+    return SplitModel(build).parameter_shapes
+
+
+def test_rates_fall_with_the_distance_from_the_head():
+    config = nano(layer_decay=0.7, model_options={"depths": (1, 2, 1, 1)})
+    rates = layer_rates(config, names_of(config))
+    assert rates is not None
+    # Stem, five blocks, head: the distance of each from the head.
+    expected = {
+        "stem.": 6, "stages.0.blocks.0.": 5, "stages.0.downsample.": 4, "stages.1.blocks.0.": 4,
+        "stages.1.blocks.1.": 3, "stages.1.downsample.": 2, "stages.2.blocks.0.": 2,
+        "stages.2.downsample.": 1, "stages.3.blocks.0.": 1, "norm.": 0, "head.": 0,
+    }  # fmt: skip
+    seen = set()
+    for name, rate in rates.items():
+        start = next(start for start in expected if name.startswith(start))
+        assert rate == pytest.approx(0.7 ** expected[start], rel=1e-12), name
+        seen.add(start)
+    assert seen == set(expected)
+    inside = nano(model="upernet_vssd_nano", layer_decay=0.7, num_classes=3)
+    of_head = layer_rates(inside, names_of(inside))
+    assert of_head is not None
+    assert {rate for name, rate in of_head.items() if not name.startswith("backbone.")} == {1.0}
+    blocks = sum(VSSDConfig.nano().depths)
+    stem = {rate for name, rate in of_head.items() if name.startswith("backbone.stem.")}
+    assert stem == {0.7 ** (blocks + 1)}
+
+
+def test_an_update_is_scaled_by_the_rate_its_decay_too():
+    config = nano(layer_decay=0.5, weight_decay=0.1, clip_grad_norm=0.0)
+    params = {"stem.w": jnp.full((2, 2), 3.0), "head.w": jnp.full((2, 2), 3.0)}
+    mask, rates = dict.fromkeys(params, True), {"stem.w": 0.25, "head.w": 1.0}
+    optimizer = make_optimizer(config, lambda step: 1e-2, mask, rates)
+    gradient = {name: jnp.full((2, 2), 0.5) for name in params}
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    plain = make_optimizer(config, lambda step: 1e-2, mask)
+    expected, _ = plain.update(gradient, plain.init(params), params)
+    np.testing.assert_allclose(updates["head.w"], expected["head.w"], rtol=1e-7)
+    np.testing.assert_allclose(updates["stem.w"], 0.25 * expected["stem.w"], rtol=1e-7)
+
+
+def test_what_is_frozen_is_asked_of_the_model():
+    assert frozen_parts(nano()) == ()
+    assert frozen_parts(nano(freeze_stages=1)) == ("stem.", "stages.0.")
+    assert frozen_parts(nano(linear_probe=True)) == ("norm.", "stages.", "stem.")
+    of_detector = nano(model="mask_rcnn_vssd_nano", freeze_stages=2)
+    assert frozen_parts(of_detector)[-1] == "backbone.stages.1."
+    assert frozen_parts(nano(model="upernet_vssd_nano", linear_probe=True)) == ("backbone.",)
+    with pytest.raises(UserError, match="freeze_stages=5, and vssd_nano has 4 stages"):
+        frozen_parts(nano(freeze_stages=5))
+    config = nano(freeze_stages=4, layer_decay=0.5)
+    rates = layer_rates(config, names_of(config))
+    assert {name.partition(".")[0] for name, rate in rates.items() if rate == 0} == {
+        "stem", "stages",
+    }  # fmt: skip

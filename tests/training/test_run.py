@@ -1,5 +1,6 @@
 """What surrounds the steps of training, around steps that compute nothing."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -96,3 +97,28 @@ def test_means_are_over_the_finite_steps_with_their_number(tmp_path):
     assert line["train/loss_steps"] == 3
     assert line["train/norm"] == 1
     assert "train/norm_steps" not in line
+
+
+def test_a_metric_that_does_not_improve_ends_the_run(tmp_path, capsys):
+    scores = [0.5, 0.7, 0.7, float("nan"), 0.9]
+    plan = dataclasses.replace(PLAN, patience=2, eval_every=1, total=9)
+    config = {"max_nonfinite": 3}
+
+    def go_on():
+        options = {"best_metric": "val/score", "checkpoint_bytes": 0}
+        with open_run(tmp_path, config, plan, **options) as run:
+            # No checkpoint is saved here: the lines of the run before stay all the same.
+            run.start = len(read_metrics(tmp_path))
+            done = []
+            for step, _ in run.steps(itertools.count()):
+                run.done(step, {"loss": 1.0})
+                run.evaluate(lambda arrays: arrays, {"val/score": scores[step - 1]})
+                done.append(step)
+            run.finish({"val/score": 0.7})
+        return done
+
+    assert go_on() == [1, 2, 3, 4]  # neither an equal nor no number is better
+    said = capsys.readouterr().out
+    assert "val/score has not improved in 2 evaluations (config.patience)" in said
+    assert "resumes" not in said
+    assert go_on() == []

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vssd_jax.data.balance import resample
 from vssd_jax.data.source import Source
 
 Size = tuple[int, int]  # height and width
@@ -72,11 +73,20 @@ class ShuffledByOrientation:
       batch_size: global; not more than there are samples.
       seed: of the order.
       steps: number of batches.
+      weights: (samples,) how often each is drawn, in proportion; None takes each once an epoch.
     """
 
     def __init__(
-        self, source: Source, sizes: np.ndarray, batch_size: int, *, seed: int, steps: int
+        self,
+        source: Source,
+        sizes: np.ndarray,
+        batch_size: int,
+        *,
+        seed: int,
+        steps: int,
+        weights: np.ndarray | None = None,
     ):
+        self._weights = weights
         self.source, self._sizes, self._portrait = source, sizes, is_portrait(sizes)
         self._batch_size, self._seed, self._length = batch_size, seed, steps * batch_size
         self._per_epoch = len(sizes) // batch_size * batch_size
@@ -104,7 +114,10 @@ class ShuffledByOrientation:
 
     def _make_order(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self._seed, epoch])
-        chosen = rng.permutation(len(self._portrait))[: self._per_epoch]
+        if self._weights is None:
+            chosen = rng.permutation(len(self._portrait))[: self._per_epoch]
+        else:
+            chosen = resample(self._weights, self._per_epoch, rng)
         portrait = self._portrait[chosen]
         full, rest = [], []
         for group in (chosen[~portrait], chosen[portrait]):

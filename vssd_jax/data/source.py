@@ -46,7 +46,7 @@ class DetectionSource(LabelledSource, Protocol):
       image_ids: of the samples.
       sizes: (samples, 2) heights and widths.
       object_counts, mask_counts: (samples,) numbers of objects, and of those with a mask.
-      image_classes: (samples, classes) bool, which classes the objects have.
+      class_counts: (samples, classes) numbers of objects.
     """
 
     @property
@@ -65,7 +65,7 @@ class DetectionSource(LabelledSource, Protocol):
     def mask_counts(self) -> np.ndarray: ...
 
     @property
-    def image_classes(self) -> np.ndarray: ...
+    def class_counts(self) -> np.ndarray: ...
 
     def relabel(self, class_names: Sequence[str]) -> None:
         """Numbers the classes in another order; a UserError if one of them is not in it."""

@@ -205,6 +205,10 @@ class Family:
       recognise_backbone: the same for the model as a part of another, if it can be a backbone.
       training_fields: the config's fields that affect training alone.
       backbone: the family of classifiers whose weights may start the backbone, if there is one.
+      stages: how the names of the parameters start of the stem and of each stage of the backbone,
+        from the input on; empty if it has none.
+      layers: config to layers of the backbone, from the input on, each as the starts of the names
+        of its parameters. All other parameters are the head's.
     """
 
     prefix: str
@@ -218,6 +222,8 @@ class Family:
     recognise_backbone: BackboneRecogniser | None = None
     training_fields: tuple[str, ...] = ()
     backbone: "Family | None" = None
+    stages: tuple[str, ...] = ()
+    layers: Callable[[Any], list[tuple[str, ...]]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +268,13 @@ class Head:
             inner = recognise_backbone(shapes.under("backbone."), known, given)
             return Recognised(found.num_classes, found.fields | inner)
 
+        def layers(config: Any) -> list[tuple[str, ...]]:
+            assert backbone.layers is not None
+            return [
+                tuple(f"backbone.{start}" for start in layer)
+                for layer in backbone.layers(config.backbone)
+            ]
+
         return Family(
             prefix=self.prefix + backbone.prefix,
             variants=variants,
@@ -276,6 +289,8 @@ class Head:
             variant_fields=backbone.variant_fields,
             training_fields=(*backbone.training_fields, *self.training_fields),
             backbone=backbone,
+            stages=tuple(f"backbone.{start}" for start in backbone.stages),
+            layers=None if backbone.layers is None else layers,
         )
 
 

@@ -1,6 +1,6 @@
 """Modules split into structure and named arrays, the form for `jax.jit` and checkpoints."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import numpy as np
@@ -19,6 +19,8 @@ class SplitModel:
 
     Args:
       build: makes the module in training mode from an `nnx.Rngs`.
+      frozen: how the names of the modules start that stay in evaluation mode in training, too:
+        without drop path, and with the statistics that they have.
 
     Attributes:
       abstract: the module in evaluation mode, with shapes in place of arrays.
@@ -26,9 +28,14 @@ class SplitModel:
       norm_parameters: the names of the parameters of norms.
     """
 
-    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]) -> None:
+    def __init__(
+        self, build: Callable[[nnx.Rngs], nnx.Module], frozen: Collection[str] = ()
+    ) -> None:
         self._build = build
         model = abstract(build)
+        for path, module in nnx.iter_modules(model):
+            if path and f"{'.'.join(map(str, path))}.".startswith(tuple(frozen)):
+                module.eval()
         self._train_graph, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
         model.eval()
         self._eval_graph = nnx.graphdef(model)

@@ -638,6 +638,18 @@ def _recognise(
     return Recognised(num_classes, recognise_backbone(shapes, known, given))
 
 
+def _layers(config: VSSDConfig) -> list[tuple[str, ...]]:
+    """Stem and blocks; a stage's downsampling is of the layer of the block that follows it."""
+    layers: list[tuple[str, ...]] = [("stem.",)]
+    for stage, depth in enumerate(config.depths):
+        for block in range(depth):
+            names: tuple[str, ...] = (f"stages.{stage}.blocks.{block}.",)
+            if block == 0 and stage > 0:
+                names = (f"stages.{stage - 1}.downsample.", *names)
+            layers.append(names)
+    return layers
+
+
 FAMILY = register(
     Family(
         prefix="vssd_",
@@ -656,5 +668,7 @@ FAMILY = register(
         recognise_backbone=recognise_backbone,
         variant_fields=("embed_dim", "depths"),
         training_fields=("drop_path",),
+        stages=("stem.", "stages.0.", "stages.1.", "stages.2.", "stages.3."),
+        layers=_layers,
     )
 )

@@ -1,15 +1,18 @@
 """What the tasks share: the dataset, the model and the batches of a config."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from flax import nnx
 
-from vssd_jax.config import DATASET_FIELDS
+from vssd_jax.config import DATASET_FIELDS, total_steps
 from vssd_jax.data import pipeline, registry
+from vssd_jax.data.balance import LIMIT, Resampled, balanced_weights, sample_weights
 from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.source import LabelledSource, Source
 from vssd_jax.distributed import say
@@ -94,6 +97,7 @@ class BaseTask(Generic[SourceT]):
                 f"config.num_classes={self.num_classes}, and {self.config.dataset} in "
                 f"{self.config.data_dir} has {self.dataset_classes} classes"
             )
+        _ = self.class_weights  # a mistake in it had better be said now than in the first step
         train, val = (list(self.source(split).class_names) for split in ("train", "val"))
         if train != val:
             raise UserError(
@@ -113,6 +117,36 @@ class BaseTask(Generic[SourceT]):
     def decoded(self, split: str) -> DecodedSource:
         """The samples of "train" or "val" with pixels; unreadable pictures are replaced."""
         return DecodedSource(self.source(split), max_pixels=self.config.max_pixels)
+
+    def class_counts(self) -> np.ndarray:
+        """(samples, classes) of the training samples, numbers of what has each class."""
+        raise UserError(f"config.class_weights and balanced_sampling are not for {self.name}")
+
+    @functools.cached_property
+    def class_weights(self) -> np.ndarray | None:
+        """(num_classes,) float32 weights of the loss; None if all are 1.
+
+        Raises:
+          UserError: `config.class_weights` has not one number for each class.
+        """
+        given = self.config.class_weights
+        if given is None:
+            return None
+        if given == "balanced":
+            counts = self.class_counts().sum(0)
+            weights = balanced_weights(counts)
+            limited = int(np.isclose(weights, LIMIT).sum() + np.isclose(weights, 1 / LIMIT).sum())
+            if limited:
+                say(f"the weights of {limited} classes are limited to 1/{LIMIT:g} or {LIMIT:g}")
+            if (empty := int((counts == 0).sum())):
+                say(f"{empty} classes have no training samples; their weight is 1")
+        else:
+            weights = np.array([float(number) for number in given.split(",")], np.float32)
+        if len(weights) != self.num_classes:
+            raise UserError(
+                f"config.class_weights has {len(weights)} numbers for {self.num_classes} classes"
+            )
+        return weights
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The fresh model, in training mode."""
@@ -141,6 +175,11 @@ class BaseTask(Generic[SourceT]):
     def _train_batches(
         self, source: Source, transform: Callable, start_step: int, *, shuffle: bool = True
     ) -> Iterator[Batch]:
+        if self.config.balanced_sampling and shuffle:
+            weights = sample_weights(self.class_counts() > 0)
+            size, steps = self.config.batch_size, self._total_steps()
+            source = Resampled(source, weights, size, seed=self.config.seed, steps=steps)
+            shuffle = False
         return pipeline.train_batches(
             source,
             transform,
@@ -150,6 +189,9 @@ class BaseTask(Generic[SourceT]):
             shuffle=shuffle,
             **self._reading(),
         )
+
+    def _total_steps(self) -> int:
+        return total_steps(self.config, self.train_size // self.config.batch_size)
 
     def _eval_batches(self, source: Source, transform: Callable) -> Iterator[Batch]:
         return pipeline.eval_batches(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -49,6 +50,14 @@ class Classification(BaseTask[LabelledSource]):
             source = CachedSource(source, config.cache_decoded, num_workers=config.num_workers)
         return self._train_batches(source, self._transforms()[0], start_step)
 
+    def class_counts(self) -> np.ndarray:
+        """(samples, classes) of the training pictures: 1 for the label of each."""
+        source = self.source("train")
+        labels = getattr(source, "labels", None)
+        if labels is None:
+            labels = [int(source[index]["label"]) for index in range(len(source))]
+        return np.eye(self.num_classes, dtype=np.uint8)[np.asarray(labels)]
+
     def eval_batches(self) -> Iterator[Batch]:
         """This process's share of the evaluation batches; `valid` masks the padding."""
         return self._eval_batches(self.decoded("val"), self._transforms()[1])
@@ -91,7 +100,7 @@ class Classification(BaseTask[LabelledSource]):
         config = self.config
         images, targets = self.augment(batch, rngs)
         logits = model(images, rngs)
-        loss = soft_cross_entropy(logits, targets)
+        loss = soft_cross_entropy(logits, targets, self.class_weights)
         metrics = {"unreadable": batch["replaced"].mean()}
         if config.mesa:
             start = round(config.mesa_start_epoch * (self.train_size // config.batch_size))
@@ -135,8 +144,15 @@ class Classification(BaseTask[LabelledSource]):
         return {**means, "val/unreadable": share}
 
 
-def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean cross-entropy of (B, classes) logits with target distributions."""
+def soft_cross_entropy(
+    logits: jax.Array, targets: jax.Array, weights: np.ndarray | None = None
+) -> jax.Array:
+    """Mean cross-entropy of (B, classes) logits with target distributions.
+
+    Each class counts by its weight, if there are (classes,) weights.
+    """
+    if weights is not None:
+        targets = targets * weights
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
 
-from vssd_jax.config import total_steps
+from vssd_jax.data.balance import sample_weights
 from vssd_jax.data.detection_transforms import eval_transform, train_transform
 from vssd_jax.data.grouping import Grouped, ShuffledByOrientation, by_key, is_portrait
 from vssd_jax.data.source import DetectionSource
@@ -91,9 +92,13 @@ class Detection(BaseTask[DetectionSource]):
         self._check_splits()
         self._say_losses(source)
         batch_size = config.batch_size
-        steps = total_steps(config, len(source) // batch_size)
         grouped = ShuffledByOrientation(
-            self.decoded("train"), source.sizes, batch_size, seed=config.seed, steps=steps
+            self.decoded("train"),
+            source.sizes,
+            batch_size,
+            seed=config.seed,
+            steps=self._total_steps(),
+            weights=sample_weights(self.class_counts() > 0) if config.balanced_sampling else None,
         )
         transform = functools.partial(
             train_transform,
@@ -122,6 +127,10 @@ class Detection(BaseTask[DetectionSource]):
                 "one batch of an epoch may mix them, and scales the fewer to the others' shape"
             )
 
+    def class_counts(self) -> np.ndarray:
+        """(images, classes) numbers of objects in the training images."""
+        return self.source("train").class_counts
+
     def eval_batches(self) -> Iterator[Batch]:
         """This process's share of the evaluation batches; `valid` masks the padding images."""
         config = self.config
@@ -146,7 +155,10 @@ class Detection(BaseTask[DetectionSource]):
         teacher: Callable[..., Any],
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The sum of the five losses, and each of them."""
-        losses = model.losses(batch, rngs)
+        weights = self.class_weights
+        losses = model.losses(
+            batch if weights is None else batch | {"class_weights": jnp.asarray(weights)}, rngs
+        )
         unreadable = {"unreadable": batch["replaced"].mean()}
         return cast(jax.Array, sum(losses.values())), losses | unreadable
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from vssd_jax.data.decode import UnreadableImage
 from vssd_jax.data.grouping import Grouped, by_key
@@ -53,6 +54,7 @@ class Segmentation(BaseTask[SegmentationSource]):
         super().__init__(config)
         self._tta, self._folder = tta, save_predictions
         self._save_error: Exception | None = None
+        self._class_counts: np.ndarray | None = None
 
     def train_batches(self, start_step: int) -> Iterator[Batch]:
         """This process's share of the batches from `start_step` on, as NumPy arrays.
@@ -78,6 +80,23 @@ class Segmentation(BaseTask[SegmentationSource]):
         for split in ("train", "val"):
             _check_labels(self.source(split), f"{split} label maps of {config.data_dir}")
         return _checked(self._train_batches(self.decoded("train"), transform, start_step))
+
+    def class_counts(self) -> np.ndarray:
+        """(pictures, classes) numbers of pixels in the training label maps, all of which it reads.
+
+        None of a label map that cannot be read.
+        """
+        if self._class_counts is None:
+            source = self.source("train")
+            counts = np.zeros((len(source), self.num_classes), np.int64)
+            for index in tqdm(range(len(source)), "counting classes", disable=not is_main()):
+                try:
+                    label = source[index]["label"]
+                except (UnreadableImage, OSError):
+                    continue
+                counts[index] = np.bincount(label.ravel(), minlength=256)[: self.num_classes]
+            self._class_counts = counts
+        return self._class_counts
 
     def _eval_options(self) -> dict[str, Any]:
         config = self.config
@@ -124,7 +143,10 @@ class Segmentation(BaseTask[SegmentationSource]):
         """Cross-entropy of both heads."""
         outputs = model(batch["image"], rngs)
         loss, parts = metrics.segmentation_loss(
-            outputs, batch["label"], aux_weight=model.aux_weight
+            outputs,
+            batch["label"],
+            aux_weight=model.aux_weight,
+            class_weights=self.class_weights,
         )
         return loss, {**parts, "unreadable": batch["replaced"].mean()}
 

@@ -25,7 +25,9 @@ View = tuple[jax.Array, tuple[int, int]]
 _STRIP = 64
 
 
-def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def pixel_cross_entropy(
+    logits: jax.Array, labels: jax.Array, class_weights: np.ndarray | None = None
+) -> jax.Array:
     """Cross-entropy of the upsampled logits, a scalar.
 
     The mean goes over all pixels, the ignored ones (whose loss is 0) included:
@@ -34,17 +36,25 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     Args:
       logits: (B, h, w, K) at any size.
       labels: (B, H, W) integers.
+      class_weights: (K,) of the pixels by label; None: all are 1.
     """
     height, width = labels.shape[1:3]
     logits = resize(logits, (height, width))
     labels = labels.astype(jnp.int32)
     counted = labels != IGNORE
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, labels, 0))
+    targets = jnp.where(counted, labels, 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    if class_weights is not None:
+        losses *= jnp.asarray(class_weights, losses.dtype)[targets]
     return jnp.where(counted, losses, 0).mean()
 
 
 def segmentation_loss(
-    outputs: tuple[jax.Array, ...], labels: jax.Array, *, aux_weight: float = 0.4
+    outputs: tuple[jax.Array, ...],
+    labels: jax.Array,
+    *,
+    aux_weight: float = 0.4,
+    class_weights: np.ndarray | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a segmentor's heads and its parts.
 
@@ -52,8 +62,9 @@ def segmentation_loss(
       outputs: logits of the decoder and, if there is one, of the auxiliary head, at any size.
       labels: (B, H, W) integers.
       aux_weight: of the auxiliary head.
+      class_weights: (K,) of the pixels' losses by label; None: all are 1.
     """
-    decode, *auxiliary = (pixel_cross_entropy(logits, labels) for logits in outputs)
+    decode, *auxiliary = (pixel_cross_entropy(logits, labels, class_weights) for logits in outputs)
     if not auxiliary:
         return decode, {"decode": decode}
     return decode + aux_weight * auxiliary[0], {"decode": decode, "auxiliary": auxiliary[0]}

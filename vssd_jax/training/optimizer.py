@@ -1,11 +1,15 @@
 """Learning-rate schedules and the optimizer, from the fields of a config."""
 
+from collections.abc import Iterable
+
 import jax.numpy as jnp
 import ml_collections
 import optax
+from flax import nnx
 
 from vssd_jax.config import total_steps
 from vssd_jax.errors import UserError, did_you_mean
+from vssd_jax.models import family
 from vssd_jax.models.split import SplitModel
 
 
@@ -63,8 +67,68 @@ def decayed(model: SplitModel, no_decay: str) -> dict[str, bool]:
     )
 
 
+def frozen_parts(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """How the names of the modules start that `freeze_stages` and `linear_probe` leave as they are.
+
+    Raises:
+      UserError: the model has no such stages.
+    """
+    if not config.freeze_stages and not config.linear_probe:
+        return ()
+    of_family, _ = family.find(config.model)
+    if config.freeze_stages > max(len(of_family.stages) - 1, 0):
+        raise UserError(
+            f"config.freeze_stages={config.freeze_stages}, and {config.model} has "
+            f"{max(len(of_family.stages) - 1, 0)} stages that can be frozen"
+        )
+    if config.linear_probe:
+        if of_family.backbone is not None:
+            return ("backbone.",)
+        shapes = SplitModel(lambda rngs: _build(config, rngs)).parameter_shapes
+        parts = {f"{name.partition('.')[0]}." for name in shapes}
+        return tuple(sorted(parts - set(of_family.classifier)))
+    return of_family.stages[: config.freeze_stages + 1]
+
+
+def _build(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
+    return family.build(config.model, rngs=rngs, **config.model_options)
+
+
+def layer_rates(
+    config: ml_collections.ConfigDict, names: Iterable[str]
+) -> dict[str, float] | None:
+    """The factor of each parameter's learning rate, by dotted name; None if all are 1.
+
+    With L layers before the head, layer i from the input has `layer_decay` ** (L - i) and the head
+    1 (BEiT, arXiv 2106.08254, appendix). Weight decay has the same factor. 0 where it is frozen.
+
+    Raises:
+      UserError: the model says nothing of its layers.
+    """
+    frozen = frozen_parts(config)
+    if config.layer_decay == 1 and not frozen:
+        return None
+    of_family, _ = family.find(config.model)
+    if config.layer_decay < 1 and of_family.layers is None:
+        raise UserError(f"config.layer_decay is not for {config.model}: its layers are not known")
+    layers: list[tuple[str, ...]] = []
+    if of_family.layers is not None and config.layer_decay < 1:
+        layers = of_family.layers(family.make_config(config.model, **config.model_options))
+
+    def rate(name: str) -> float:
+        if name.startswith(frozen) and frozen:
+            return 0.0
+        place = next((i for i, layer in enumerate(layers) if name.startswith(layer)), len(layers))
+        return config.layer_decay ** (len(layers) - place)
+
+    return {name: rate(name) for name in names}
+
+
 def make_optimizer(
-    config: ml_collections.ConfigDict, schedule: optax.Schedule, mask: dict[str, bool]
+    config: ml_collections.ConfigDict,
+    schedule: optax.Schedule,
+    mask: dict[str, bool],
+    rates: dict[str, float] | None = None,
 ) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay, after clipping by the global norm.
 
@@ -72,6 +136,7 @@ def make_optimizer(
       config: of the run.
       schedule: the learning rate by step.
       mask: which parameters have weight decay, see `decayed`.
+      rates: factors of the learning rate, see `layer_rates`.
     """
     b1, b2 = config.betas
     adamw = optax.adamw(
@@ -82,6 +147,11 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         mask=mask,
     )
-    if not config.clip_grad_norm:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_grad_norm), adamw)
+    parts = [adamw]
+    if config.clip_grad_norm:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_grad_norm))
+    if rates is not None:
+        parts.append(
+            optax.stateless(lambda updates, _: {n: updates[n] * rates[n] for n in updates})
+        )
+    return parts[0] if len(parts) == 1 else optax.chain(*parts)

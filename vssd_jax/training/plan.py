@@ -20,6 +20,7 @@ class Plan:
       log_every, eval_every: in steps; the last step logs and evaluates too.
       save_every: in steps; evaluations save too. None: they alone do.
       profiled: the steps of the trace.
+      patience: evaluations without a better metric that end the run; 0: none do.
     """
 
     steps_per_epoch: int
@@ -29,6 +30,7 @@ class Plan:
     eval_every: int
     save_every: int | None
     profiled: range
+    patience: int = 0
 
     def logs(self, step: int) -> bool:
         return step % self.log_every == 0 or step == self.total
@@ -62,6 +64,7 @@ def make_plan(config: ml_collections.ConfigDict, train_size: int) -> Plan:
         eval_every=config.eval_every_epochs * steps_per_epoch,
         save_every=config.save_every_steps,
         profiled=_parse_range(config.profile_steps),
+        patience=config.patience,
     )
 
 

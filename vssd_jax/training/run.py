@@ -1,6 +1,7 @@
 """A run: its folder, checkpoints, metrics, progress bar, clock, and the signals that stop it."""
 
 import contextlib
+import math
 import os
 import pathlib
 import signal
@@ -19,7 +20,7 @@ from vssd_jax.errors import UserError
 from vssd_jax.training.checkpoints import Checkpoints, Parts
 from vssd_jax.training.clock import Clock
 from vssd_jax.training.evaluator import Evaluator
-from vssd_jax.training.metrics import MetricWriter
+from vssd_jax.training.metrics import MetricWriter, read_metrics
 from vssd_jax.training.plan import Plan
 from vssd_jax.training.workdir import claim
 
@@ -67,6 +68,7 @@ class Run:
     Attributes:
       start: the step of the checkpoint that the run resumes from, 0 without one.
       stopping: whether a signal asked for the end.
+      ended: whether the metric has not improved for as long as the plan allows.
       clock: of training; evaluation, saving and compilation pause it.
       checkpoints: of the run's folder.
       previous_config: what the folder's config was before, if it is known.
@@ -88,6 +90,7 @@ class Run:
         self.checkpoints, self.start = checkpoints, checkpoints.latest_step or 0
         self.stopping, self._tracing, self.clock = False, False, Clock()
         self._step = self._logged_step = self.start
+        self.ended = False
         self._since_log: list[dict[str, jax.Array]] = []
         self._resources = resources
 
@@ -111,7 +114,8 @@ class Run:
             )
         )
         self.clock.lap()  # neither restoring nor initialising the state is training
-        while self._step < self._plan.total and not self.stopping:
+        self.ended = self._lost_patience()
+        while self._step < self._plan.total and not self.stopping and not self.ended:
             # The first batch waits for the pipeline to start, which does not count as training.
             with self.clock.paused() if self._step == self.start else contextlib.nullcontext():
                 batch = next(batches)
@@ -162,7 +166,22 @@ class Run:
             results = evaluator(arrays)
             self._writer.write(self._step, results)
             self._writer.plot()
+            self.ended = self._lost_patience()
         return results
+
+    def _lost_patience(self) -> bool:
+        """Whether the last evaluations, as many as the plan allows, were no better than before."""
+        if not self._plan.patience:
+            return False
+        since = 0
+        if is_main():
+            lines = [line for line in read_metrics(self._workdir) if self._best_metric in line]
+            # null where it was not finite
+            scores = [-math.inf if s is None else s for s in (x[self._best_metric] for x in lines)]
+            since = len(scores) - 1 - int(np.argmax(scores)) if scores else 0
+        if jax.process_count() > 1:
+            since = int(multihost_utils.broadcast_one_to_all(np.int32(since)))
+        return since >= self._plan.patience
 
     def save(self, parts: Parts, metrics: dict[str, float]) -> None:
         """Starts to save a checkpoint, see `Checkpoints.save`."""
@@ -173,7 +192,7 @@ class Run:
         """Waits for the last checkpoint and says how the run ended."""
         self.checkpoints.wait()
         self._progress.close()  # the message begins a line of its own
-        if self._step < self._plan.total:
+        if self._step < self._plan.total and not self.ended:
             say(
                 f"stopped: {self._workdir} is saved at step {self._step} of {self._plan.total}; "
                 "the same command resumes"
@@ -182,6 +201,11 @@ class Run:
         name, best = self._best_metric, self.checkpoints.best_step
         if self._step > self._plan.total:
             say(f"nothing was trained: the run was to end at step {self._plan.total}")
+        if self.ended:
+            say(
+                f"{name} has not improved in {self._plan.patience} evaluations (config.patience): "
+                f"the run ends at step {self._step} of {self._plan.total}"
+            )
         score = self.checkpoints.metrics(best).get(name, results[name])
         say(
             f"done: {self._workdir} has {name} {results[name]:.4f} at step {self._step} "

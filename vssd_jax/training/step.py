@@ -1,6 +1,6 @@
 """One optimizer step: as a plain function, and compiled with its model, optimizer and devices."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,20 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vssd_jax.distributed import say
 from vssd_jax.host import compiler_options
 from vssd_jax.models.split import Arrays, SplitModel
 from vssd_jax.tasks.protocol import Task
 from vssd_jax.training import report
 from vssd_jax.training.clock import Clock
 from vssd_jax.training.evaluator import Evaluator
-from vssd_jax.training.optimizer import decayed, make_optimizer, make_schedule
+from vssd_jax.training.optimizer import (
+    decayed,
+    frozen_parts,
+    layer_rates,
+    make_optimizer,
+    make_schedule,
+)
 from vssd_jax.training.plan import Plan
 from vssd_jax.training.sharding import check_batch, device_batches, make_mesh, state_shardings
 from vssd_jax.training.state import TrainState, init_state
@@ -32,6 +39,7 @@ def make_train_step(
     *,
     ema_decay: float,
     accumulate: int = 1,
+    frozen: Collection[str] = (),
 ) -> TrainStep:
     """One optimizer step, to be compiled by the caller.
 
@@ -41,6 +49,7 @@ def make_train_step(
       loss: see `vssd_jax.tasks.protocol.Task.loss`.
       ema_decay: of the average, over parameters and statistics alike.
       accumulate: micro-batches whose gradients one step averages.
+      frozen: names of parameters that have no gradient.
 
     Returns:
       `step(state, batch, key) -> (state, metrics)`. A step whose loss or gradient is not finite
@@ -51,6 +60,10 @@ def make_train_step(
         params: Arrays, batch_stats: Arrays, state: TrainState, batch: dict, key: jax.Array
     ) -> tuple[Arrays, Arrays, Metrics]:
         def loss_fn(params: Arrays) -> tuple[jax.Array, tuple[Metrics, Arrays]]:
+            params = {
+                name: jax.lax.stop_gradient(value) if name in frozen else value
+                for name, value in params.items()
+            }
             module = model.merge({**params, **batch_stats}, training=True)
             teacher = model.merge(state.ema, training=False)
             value, metrics = loss(
@@ -127,6 +140,7 @@ class Trainer:
       model: the task's model.
       mesh: the devices.
       learning_rate: the schedule, by the number of steps done.
+      frozen: names of the parameters that stay as they are.
       abstract: the state's shapes, dtypes and shardings.
       evaluate: the `Evaluator` of the task and model.
 
@@ -137,12 +151,16 @@ class Trainer:
     def __init__(self, task: Task, config: ml_collections.ConfigDict, plan: Plan) -> None:
         self.mesh = make_mesh(config.mesh)
         check_batch("batch_size", config.batch_size, self.mesh.size, config.accumulate)
-        self.model = SplitModel(task.build)
+        self.model = SplitModel(task.build, frozen_parts(config))
         self.evaluate = Evaluator(task, self.model, self.mesh)
         self.learning_rate = make_schedule(config, plan.steps_per_epoch)
+        rates = layer_rates(config, self.model.parameter_shapes)
+        self.frozen = {name for name, rate in (rates or {}).items() if rate == 0}
         self._optimizer = make_optimizer(
-            config, self.learning_rate, decayed(self.model, config.no_decay)
+            config, self.learning_rate, decayed(self.model, config.no_decay), rates
         )
+        if self.frozen:
+            say(f"{len(self.frozen)} of {len(self.model.parameter_shapes)} tensors are frozen")
         self._init_key, self._step_key = jax.random.split(jax.random.key(config.seed))
         abstract = jax.eval_shape(
             lambda: init_state(self.model, self._optimizer, self._init_key)
@@ -160,6 +178,7 @@ class Trainer:
                 task.loss,
                 ema_decay=config.ema_decay,
                 accumulate=config.accumulate,
+                frozen=self.frozen,
             ),
             donate_argnums=0,
             out_shardings=(self._shardings, NamedSharding(self.mesh, PartitionSpec())),

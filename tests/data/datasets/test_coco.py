@@ -181,7 +181,7 @@ def test_classes_are_chosen_and_ordered_by_name(tmp_path):
     source = CocoSource(*paths, class_names=("brush", "person"))
     np.testing.assert_array_equal(source.category_ids, [90, 1])
     np.testing.assert_array_equal(source[0]["labels"], [1, 0])
-    np.testing.assert_array_equal(source.image_classes, [[1, 1], [0, 0], [0, 1]])
+    np.testing.assert_array_equal(source.class_counts, [[1, 1], [0, 0], [0, 1]])
     assert "1 objects of other categories" in source.describe_problems()
     truth = source.ground_truth()
     assert {a["category_id"] for a in truth["annotations"]} == {1, 90}
@@ -191,7 +191,7 @@ def test_classes_are_chosen_and_ordered_by_name(tmp_path):
     np.testing.assert_array_equal(source[0]["labels"], [1, 2])
     np.testing.assert_array_equal(source.category_ids[1:], [1, 90])
     assert len(set(source.category_ids.tolist())) == 3
-    np.testing.assert_array_equal(source.image_classes, [[0, 1, 1], [0, 0, 0], [0, 1, 0]])
+    np.testing.assert_array_equal(source.class_counts, [[0, 1, 1], [0, 0, 0], [0, 1, 0]])
     with pytest.raises(UserError, match="'brush', which is not among those for training"):
         source.relabel(("person", "sofa"))
 

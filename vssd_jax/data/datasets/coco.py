@@ -53,7 +53,7 @@ class CocoSource:
       image_ids: COCO's ids of the images.
       sizes: (images, 2) height and width.
       object_counts, mask_counts: (images,) numbers of objects, and of those with a mask.
-      image_classes: (images, classes) bool, the classes of the objects.
+      class_counts: (images, classes) numbers of objects.
       problems: everything left out because it is wrong.
 
     Raises:
@@ -128,7 +128,7 @@ class CocoSource:
             sizes.append(size)
             counts.append(len(found))
             masks.append(sum(segmentation is not None for _, _, segmentation in found))
-            classes.append(np.isin(np.arange(len(label)), [o[1] for o in found]))
+            classes.append(np.bincount([o[1] for o in found], minlength=len(label)))
         left_out[f"images with a side below {_SMALLEST_SIDE} pixels"] = small
         left_out["images without objects (config.filter_empty=False trains on them)"] = empty
         self._left_out = {what: count for what, count in left_out.items() if count}
@@ -143,7 +143,7 @@ class CocoSource:
         self._ends = np.cumsum([len(record) for record in records])
         self._files, self.sizes = np.array(names), np.array(sizes, np.int32)
         self.object_counts, self.mask_counts = np.array(counts, np.int32), np.array(masks, np.int32)
-        self.image_classes = np.array(classes)
+        self.class_counts = np.array(classes, np.uint16)
         self._labels = np.arange(len(label), dtype=np.int32)  # of the order of the ids
 
     def relabel(self, class_names: Sequence[str]) -> None:
@@ -161,9 +161,9 @@ class CocoSource:
         new = np.array([place[name] for name in self.class_names], np.int32)
         ids = self.category_ids.max() + 1 + np.arange(len(place))  # free ones
         ids[new] = self.category_ids
-        classes = np.zeros((len(self), len(place)), bool)
-        classes[:, new] = self.image_classes
-        self.class_names, self.category_ids, self.image_classes = list(class_names), ids, classes
+        classes = np.zeros((len(self), len(place)), np.uint16)
+        classes[:, new] = self.class_counts
+        self.class_names, self.category_ids, self.class_counts = list(class_names), ids, classes
         self._labels = new[self._labels]
 
     def describe_problems(self) -> str:
