@@ -1,7 +1,8 @@
-"""Converts PyTorch checkpoints to weights folders, and back with --reverse.
+"""Converts PyTorch checkpoints and runs to weights folders, and to PyTorch with --reverse.
 
 python convert_torch_weights.py --input vssd_tiny_best_ema.pth --output weights/vssd_tiny
 python convert_torch_weights.py --input hf://YuhengSSS/VSSD/vssd_micro_best.pth --output weights/m
+python convert_torch_weights.py --input runs/digits --output weights/digits
 python convert_torch_weights.py --reverse --input weights/vssd_tiny --output vssd_tiny.pth
 """
 
@@ -13,7 +14,9 @@ from vssd_jax import cli
 from vssd_jax.errors import UserError
 
 INPUT = flags.DEFINE_string(
-    "input", None, "A .pth or .safetensors file, hf://owner/repo/file, or a weights folder."
+    "input",
+    None,
+    "A .pth or .safetensors file, hf://owner/repo/file, a weights folder, or a run's workdir.",
 )
 OUTPUT = flags.DEFINE_string("output", None, "The weights folder (with --reverse: .pth) to write.")
 MODEL = flags.DEFINE_string(
@@ -26,6 +29,9 @@ WEIGHTS = flags.DEFINE_string(
     "default: the EMA where it has one.",
 )
 ALLOW_NONFINITE = flags.DEFINE_bool("allow_nonfinite", False, "Let NaN and infinity pass.")
+CLASS_NAMES = flags.DEFINE_string(
+    "class_names", None, "Names of the classes, separated by commas, or a text file."
+)
 OVERRIDES = flags.DEFINE_string(
     "overrides", "{}", "Fields of the model's config as JSON, e.g. '{\"token_weight_sign\": -1}'."
 )
@@ -42,6 +48,7 @@ def main() -> None:
     if not isinstance(overrides, dict):
         raise UserError("--overrides is no JSON object")
 
+    from vssd_jax.known_classes import parse
     from vssd_jax.weights.convert import convert
 
     print(
@@ -51,6 +58,7 @@ def main() -> None:
             model=MODEL.value,
             which=WEIGHTS.value,
             overrides=overrides,
+            class_names=parse(CLASS_NAMES.value) or None,
             allow_nonfinite=ALLOW_NONFINITE.value,
             reverse=REVERSE.value,
         )

@@ -200,6 +200,12 @@ def imagenet_config() -> ml_collections.ConfigDict:
 PATHS = tuple(
     f"{split}_{part}" for split in ("train", "val") for part in ("images", "labels", "annotations")
 )
+# The fields that say, with mean and deviation, how a picture becomes a model's input.
+PREPROCESSING = {
+    "classification": ("image_size", "eval_crop"),
+    "detection": ("short_sides", "long_side", "padded_shapes", "exact_padding"),
+    "segmentation": ("short_side", "long_side", "size_multiple"),
+}
 # Those that some datasets read and others do not: to set them for the others is a mistake.
 DATASET_FIELDS = ("class_names", *PATHS, "image_suffix", "label_suffix", "reduce_zero_label")
 _DICT = (Mapping, ml_collections.ConfigDict)
@@ -379,14 +385,48 @@ OPTIONAL = frozenset(
 )  # fmt: skip
 
 
+def preprocessing_of(task: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The fields of `PREPROCESSING` of a task, those given and for the others the defaults.
+
+    Raises:
+      UserError: a value that cannot be used, or an unknown field.
+    """
+    defaults = _MAKERS[task]()
+    values = {field: defaults[field] for field in PREPROCESSING[task]}
+    values |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # ImageNet's
+    values |= {"detection": {"boxes_only": False}, "segmentation": {"reduce_zero_label": True}}.get(
+        task, {}
+    )
+    for name in given or {}:
+        if name not in values:
+            raise UserError(f"preprocessing has no field {name!r}{did_you_mean(name, values)}")
+    values |= given or {}
+    numbers = lambda v: _list(v) and len(v) == 3 and all(map(_number, v))  # noqa: E731
+    rules = {name: rule for name, rule in _ALLOWED.items() if name in values} | {
+        "mean": ("three numbers", numbers),
+        "std": ("three numbers greater than 0", lambda v: numbers(v) and min(v) > 0),
+        "boxes_only": _SWITCH,
+        "reduce_zero_label": _SWITCH,
+    }
+    _check(values, rules, "preprocessing")
+    return {name: _tuples(value) for name, value in values.items()}
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, as JSON has them, as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+_MAKERS = {
+    "classification": classification_config,
+    "segmentation": segmentation_config,
+    "detection": detection_config,
+}
+
+
 def add_missing(config: ml_collections.ConfigDict) -> None:
     """Gives the fields that a config of an earlier version lacks their defaults."""
-    makers = {
-        "classification": classification_config,
-        "segmentation": segmentation_config,
-        "detection": detection_config,
-    }
-    defaults = makers.get(config.get("task"), base_config)()
+    defaults = _MAKERS.get(config.get("task"), base_config)()
     with config.unlocked():
         for name in defaults:
             if name not in config:

@@ -12,6 +12,7 @@ from vssd_jax import strict_json
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError, describe_difference
 from vssd_jax.host import compiler_options
+from vssd_jax.known_classes import readable
 from vssd_jax.models.count import count_multiply_adds, count_parameters
 from vssd_jax.models.split import Arrays, SplitModel
 from vssd_jax.tasks import make_task
@@ -74,7 +75,9 @@ def evaluate_weights(
             f"{weights} has {loaded.num_classes} classes, and the {config.dataset} in "
             f"{config.data_dir} {task.dataset_classes}"
         )
-    if loaded.class_names is not None and loaded.class_names != list(task.class_names):
+    if loaded.class_names is not None and readable(loaded.class_names) != readable(
+        task.class_names
+    ):
         difference = describe_difference(loaded.class_names, task.class_names)
         raise UserError(
             f"the classes of {weights} are not those of the {config.dataset} in {config.data_dir}: "

@@ -27,7 +27,7 @@ def _lines(dataset: str) -> tuple[str, ...]:
 
 
 def parse(text: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The names in `config.class_names`: separated by commas, or the lines of a text file.
+    """The names in `class_names`: separated by commas, or the lines of a text file.
 
     Empty for None. Raises a UserError for a file that cannot be read, and a name that occurs twice.
     """
@@ -39,13 +39,13 @@ def parse(text: str | Sequence[str] | None) -> tuple[str, ...]:
         try:
             lines = pathlib.Path(text).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"config.class_names={text} cannot be read: {error}") from error
+            raise UserError(f"class_names={text} cannot be read: {error}") from error
         names = tuple(line.strip() for line in lines if line.strip())
     else:
         names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
-        raise UserError(f"config.class_names={text} has no names")
+        raise UserError(f"class_names={text} has no names")
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise UserError(f"config.class_names: {twice[0]!r} occurs twice")
+        raise UserError(f"class_names: {twice[0]!r} occurs twice")
     return names

@@ -321,6 +321,14 @@ def find(name: str) -> tuple[Family, str]:
     raise UserError(f"unknown model {name!r}{did_you_mean(name, list_models())}")
 
 
+def task_of(name: str) -> str:
+    """What a model is for: "classification", "detection" or "segmentation"."""
+    of_family, _ = find(name)
+    if of_family.backbone is None:
+        return "classification"
+    return "detection" if hasattr(of_family.module, "losses") else "segmentation"
+
+
 # --- Configs ------------------------------------------------------------------------------------
 
 

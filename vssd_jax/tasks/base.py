@@ -10,10 +10,11 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from vssd_jax.config import DATASET_FIELDS, total_steps
+from vssd_jax.config import DATASET_FIELDS, PREPROCESSING, total_steps
 from vssd_jax.data import pipeline, registry
 from vssd_jax.data.balance import LIMIT, Resampled, balanced_weights, sample_weights
 from vssd_jax.data.decode import DecodedSource
+from vssd_jax.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from vssd_jax.data.source import LabelledSource, Source
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError, describe_difference
@@ -69,6 +70,12 @@ class BaseTask(Generic[SourceT]):
         if self.dataset.class_names is not None and self.config.get("class_names") is None:
             return self.dataset.class_names
         return self.source("val").class_names
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What the model takes, for those who use its weights."""
+        fields = {field: self.config[field] for field in PREPROCESSING[self.name]}
+        return {**fields, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
     @property
     def train_size(self) -> int:

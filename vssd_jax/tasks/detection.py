@@ -80,6 +80,12 @@ class Detection(BaseTask[DetectionSource]):
             return self._sources["train"].class_names
         return super().class_names
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """See `Task`; with whether there was no mask to learn from."""
+        masks = bool(self.source("train").mask_counts.any())
+        return super().preprocessing | {"boxes_only": not masks}
+
     def align_classes(self, names: Sequence[str]) -> None:
         """Numbers the categories for evaluation as weights do that have the same ones."""
         source = self.source("val")

@@ -45,6 +45,11 @@ class Task(Protocol):
         ...
 
     @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What the model takes, see `vssd_jax.weights.folder.Weights`."""
+        ...
+
+    @property
     def train_size(self) -> int:
         """Number of samples of an epoch."""
         ...

@@ -56,6 +56,12 @@ class Segmentation(BaseTask[SegmentationSource]):
         self._save_error: Exception | None = None
         self._class_counts: np.ndarray | None = None
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """See `Task`; with the numbers that label maps have."""
+        reduced = getattr(self.source("val"), "reduce_zero_label", False)
+        return super().preprocessing | {"reduce_zero_label": bool(reduced)}
+
     def train_batches(self, start_step: int) -> Iterator[Batch]:
         """This process's share of the batches from `start_step` on, as NumPy arrays.
 

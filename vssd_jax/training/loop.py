@@ -33,8 +33,12 @@ def train(
     """
     plan = make_plan(config, task.train_size)
     trainer = Trainer(task, config, plan)
-    classes = {"num_classes": task.num_classes, "class_names": list(task.class_names)}
-    fields = {**config.to_dict(), **classes}
+    fields = {
+        **config.to_dict(),
+        "num_classes": task.num_classes,
+        "class_names": list(task.class_names),
+        "preprocessing": task.preprocessing,
+    }
     checkpoint_bytes, best = report.total_bytes(trainer.abstract), task.best_metric
     with open_run(
         workdir, fields, plan, best_metric=best, checkpoint_bytes=checkpoint_bytes

@@ -83,7 +83,8 @@ def _note_config(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any
     if path.exists():
         old, new = json.loads(path.read_text()), json.loads(text)
         for key in sorted(old.keys() | new.keys()):
-            if old.get(key) == new.get(key):
+            # An earlier version did not have every field.
+            if key not in old or old[key] == new.get(key):
                 continue
             if key == "class_names" and old.get(key) and new.get(key):
                 difference = describe_difference(old[key], new[key])

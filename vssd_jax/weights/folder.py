@@ -14,6 +14,7 @@ import numpy as np
 
 from vssd_jax import strict_json
 from vssd_jax.errors import UserError
+from vssd_jax.models import family
 
 ARRAYS, CONFIG = "model.safetensors", "config.json"
 _DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
@@ -29,6 +30,8 @@ class Weights:
       overrides: fields of its config that differ from the name's.
       params: arrays by this project's names of the parameters, in the dtype of their file.
       class_names: of the labels that they were trained with; None if that is not known.
+      preprocessing: how a picture becomes the model's input, by the fields of the task's config
+        (`vssd_jax.config.PREPROCESSING`), with mean and deviation; empty if it is not known.
       provenance: where they come from: `source`, the file's name; `state_dict`, "model" or
         "ema"; `num_batches_tracked`, PyTorch's counters of BatchNorm batches, kept only for the
         way back to PyTorch: one number, numbers by name where they differ, or None if there are no
@@ -40,6 +43,7 @@ class Weights:
     overrides: dict[str, Any]
     params: Mapping[str, np.ndarray]
     class_names: list[str] | None = None
+    preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -70,9 +74,11 @@ def write_folder(path: str | os.PathLike, weights: Weights) -> None:
         write_arrays(folder / ARRAYS, weights.params)
         config = {
             "model": weights.model,
+            "task": family.task_of(weights.model),
             "num_classes": weights.num_classes,
             "overrides": weights.overrides,
             "class_names": weights.class_names,
+            "preprocessing": weights.preprocessing,
             **weights.provenance,
         }
         (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
@@ -85,6 +91,8 @@ def read_folder(path: str | os.PathLike) -> Weights:
         config = json.loads((path / CONFIG).read_text())
         model, num_classes = config.pop("model"), config.pop("num_classes")
         overrides, class_names = config.pop("overrides"), config.pop("class_names", None)
+        preprocessing = config.pop("preprocessing", {})
+        config.pop("task", None)  # it follows from the model
     except OSError as error:
         raise UserError(f"{path} is no weights folder: no {CONFIG} can be read") from error
     except (ValueError, AttributeError, TypeError, KeyError) as error:
@@ -97,8 +105,10 @@ def read_folder(path: str | os.PathLike) -> Weights:
         and all(isinstance(name, str) for name in class_names)
     ):
         raise UserError(f"{path / CONFIG}: class_names are not {num_classes} names")
+    if type(preprocessing) is not dict:
+        raise UserError(f"{path / CONFIG}: preprocessing is no object")
     arrays = read_arrays(path / ARRAYS)
-    return Weights(model, num_classes, overrides, arrays, class_names, config)
+    return Weights(model, num_classes, overrides, arrays, class_names, preprocessing, config)
 
 
 def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,5 +1,6 @@
 """Reads weights in any of the known formats, as parameters by this project's names."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vssd_jax.config import PREPROCESSING
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
 from vssd_jax.models import family, torch_names
@@ -123,8 +125,28 @@ def _read_workdir(path: Path) -> Weights:
         overrides=config["model_options"],
         params=params,
         class_names=config.get("class_names"),
-        provenance={"state_dict": "ema", "step": step},
+        preprocessing=_preprocessing(config),
+        provenance={"state_dict": "ema", "step": step, "metrics": _metrics(path, step)},
     )
+
+
+def _preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run, whose config has the fields themselves where an earlier version wrote it."""
+    if "preprocessing" in config:
+        return config["preprocessing"]
+    fields = PREPROCESSING[family.task_of(config["model"])]
+    return {field: config[field] for field in fields if field in config}
+
+
+def _metrics(workdir: Path, step: int) -> dict[str, float]:
+    """Of the evaluation at a step of a run; empty if there was none."""
+    found: dict[str, float] = {}
+    with contextlib.suppress(OSError, ValueError):
+        for line in (workdir / "metrics.jsonl").read_text().splitlines():
+            values = json.loads(line)
+            if values.pop("step", None) == step:
+                found |= {name: value for name, value in values.items() if name[:4] == "val/"}
+    return found
 
 
 def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from flax import nnx
 
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
+from vssd_jax.known_classes import readable
 from vssd_jax.models import family
 from vssd_jax.models.family import Model
 from vssd_jax.weights.load import load
@@ -53,7 +54,7 @@ def pretrained_weights(
         say(f"{source} is a classifier: all but the backbone starts fresh")
     elif loaded.num_classes != cast(Model, model).num_classes or (
         None not in (class_names, loaded.class_names)
-        and list(class_names or ()) != loaded.class_names
+        and readable(class_names or ()) != readable(loaded.class_names or ())
     ):
         classifier = family.find(name)[0].classifier
         fresh = [key for key in expected if key.startswith(classifier)]
