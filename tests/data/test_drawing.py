@@ -180,6 +180,15 @@ def test_labels_prefer_to_stand_above_and_fall_back_in_turn():
     assert placements == [(0, (0, 0, 40, 20)), (1, (40, 0, 50, 20)), None]
 
 
+def test_labels_leave_enough_of_the_picture_to_see():
+    boxes = rectangles(480, 640, 60)
+    sizes = [[(90, 16), (20, 16)]] * 60
+    placements = drawing.place_labels(boxes, sizes, (640, 480), most_covered=0.1)
+    assert_apart(placements, (640, 480))
+    whole = sum(placement is not None and placement.choice == 0 for placement in placements)
+    assert whole == int(0.1 * 640 * 480 / (90 * 16))
+
+
 def test_a_label_does_not_hide_a_small_box():
     large, small = drawing.Rectangle(0, 0, 400, 400), drawing.Rectangle(5, 2, 25, 18)
     (placement, _) = drawing.place_labels([large, small], [[(100, 20)], [(10, 10)]], (400, 400))

@@ -26,6 +26,7 @@ _LONGEST = 2000  # pixels; no picture is scaled up beyond
 _LEAST_TEXT = 12  # pixels
 _OPACITY = 0.55  # of the colours of segmentation
 _MASK_OPACITY = 0.4  # of detections' masks, which lie over each other
+_MOST_COVERED = 0.3  # of the picture by labels with names
 _BLACK, _WHITE, _GREY = (0, 0, 0), (255, 255, 255), (224, 224, 224)
 _ELLIPSIS = "…"
 
@@ -336,6 +337,8 @@ def place_labels(
     boxes: Sequence[Rectangle],
     sizes: Sequence[Sequence[tuple[int, int]]],
     bounds: tuple[int, int],
+    *,
+    most_covered: float = 1.0,
 ) -> list[Placement | None]:
     """Places for the labels of boxes, inside the picture and free of one another.
 
@@ -347,21 +350,27 @@ def place_labels(
       boxes: inside the picture.
       sizes: of each label, (width, height) in pixels, with smaller ones to fall back to.
       bounds: (width, height) of the picture.
+      most_covered: the share of the picture that labels may cover before the smallest size of each
+        is all that is tried.
 
     Returns:
       For each box the first of its label's sizes that has a place, or None if none has.
     """
     corners = np.array(boxes, np.int64).reshape(-1, 4)
     placed = np.zeros((0, 4), np.int64)
+    room = most_covered * bounds[0] * bounds[1]
     result: list[Placement | None] = []
     for index, (box, options) in enumerate(zip(boxes, sizes, strict=True)):
         others = np.delete(corners, index, 0)
         found = None
         for choice, size in enumerate(options):
+            if size[0] * size[1] > room and choice < len(options) - 1:
+                continue
             free = [r for r in _candidates(box, size, bounds) if not _overlaps(placed, r).any()]
             if free:
                 found = Placement(choice, next((r for r in free if not _hides(others, r)), free[0]))
                 placed = np.vstack((placed, found.rectangle))
+                room -= size[0] * size[1]
                 break
         result.append(found)
     return result
@@ -417,7 +426,9 @@ def draw_detections(
 ) -> Image.Image:
     """The picture with boxes, masks, names and scores in percent, the best on top.
 
-    A label that has no place is replaced by a number, whose name is in a legend below the picture.
+    A label is replaced by a number, whose name is in a legend below the picture, if it has no
+    place, or if it would be wide and the picture narrow, or if labels cover 0.3 of the picture. A
+    box with no place even for a number is in the legend without one.
 
     Args:
       image: (H, W, 3) uint8 RGB.
@@ -464,15 +475,26 @@ def draw_detections(
         else [(tag_width, height)]
         for width in widths
     ]
-    placements = place_labels([frames[i] for i in order], [sizes[i] for i in order], picture.size)
+    placements = place_labels(
+        [frames[i] for i in order],
+        [sizes[i] for i in order],
+        picture.size,
+        most_covered=_MOST_COVERED,
+    )
     entries: list[_Entry] = []
+    tags = 0
     for i, placement in zip(order, placements, strict=True):
-        whole = placement is not None and placement.choice == len(sizes[i]) - 2
-        text = names[i] + values[i] if whole else str(len(entries) + 1)
+        text = ""
         if placement is not None:
+            if whole := placement.choice == len(sizes[i]) - 2:
+                text = names[i] + values[i]
+            else:
+                tags += 1
+                text = str(tags)
             _draw_plate(picture, placement.rectangle, text, size, colors[i])
-        if not whole:
-            entries.append(_Entry(colors[i], names[i], values[i], text if placement else ""))
+            if whole:
+                continue
+        entries.append(_Entry(colors[i], names[i], values[i], text))
     rest = len(entries) - max_entries
     more = f"{_ELLIPSIS} and {rest} more" if rest > 0 else ""
     return _with_strip(picture, functools.partial(_legend, entries[:max_entries], more, size=size))
