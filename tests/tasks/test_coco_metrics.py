@@ -93,8 +93,10 @@ def test_saved_predictions_give_the_same_numbers_to_pycocotools(tmp_path, capsys
         np.testing.assert_allclose(evaluation.stats, list(scores[kind].values()))
     picture = np.asarray(Image.open(folder / "0.png"))
     original = np.asarray(Image.open(source.folder / "000000.png"))
-    assert picture.shape == original.shape
-    assert (picture != original).any(-1).mean() > 0.02
+    scale = picture.shape[1] // original.shape[1]  # small pictures are drawn larger
+    original = original.repeat(scale, 0).repeat(scale, 1)
+    changed = (picture[: len(original)] != original).any(-1)
+    assert 0.02 < changed.mean() < 0.9
 
 
 def test_pictures_that_could_not_be_read_are_left_out(tmp_path):

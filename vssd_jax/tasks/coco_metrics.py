@@ -1,6 +1,5 @@
 """Detections in COCO's result format, their mean average precision, and pictures of them."""
 
-import colorsys
 import contextlib
 import io
 import json
@@ -8,13 +7,13 @@ import os
 import pathlib
 import tempfile
 import urllib.parse
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from vssd_jax.data.coco_masks import rasterise
+from vssd_jax.data.drawing import draw_detections
 from vssd_jax.data.source import DetectionSource, Source
 from vssd_jax.models.detection.masks import paste_masks
 from vssd_jax.models.family import Detections
@@ -151,8 +150,8 @@ def save_predictions(
 ) -> None:
     """Writes `bbox.json` and `segm.json` (COCO's result format) and pictures.
 
-    The pictures are the images with boxes, masks, names and scores, as `<image id>.png`; none for
-    an image that cannot be read.
+    The pictures are the images with boxes, masks, names and scores (see `draw_detections`), as
+    `<image id>.png`; none for an image that cannot be read.
 
     Args:
       folder: made if missing; each file is written beside its place and then renamed.
@@ -170,41 +169,26 @@ def save_predictions(
     for result in results:
         if result["score"] >= min_score:
             by_image.setdefault(result["image_id"], []).append(result)
-    name = dict(zip(source.category_ids.tolist(), source.class_names, strict=True))
+    label = {category: i for i, category in enumerate(source.category_ids.tolist())}
     for index in range(len(source))[:max_pictures]:
         element = decoded[index]
         if element["replaced"]:
             continue
-        picture = draw(element["image"], by_image.get(element["image_id"], ()), name)
+        found = by_image.get(element["image_id"], [])
+        boxes = np.array([r["bbox"] for r in found]).reshape(-1, 4)  # x y width height
+        picture = draw_detections(
+            element["image"],
+            boxes=np.hstack((boxes[:, :2], boxes[:, :2] + boxes[:, 2:])),
+            labels=[label[r["category_id"]] for r in found],
+            scores=[r["score"] for r in found],
+            masks=[rasterise(r["segmentation"], element["image"].shape[:2]) > 0 for r in found],
+            class_names=source.class_names,
+        )
         data = io.BytesIO()
-        Image.fromarray(picture).save(data, "png")
+        picture.save(data, "png")
         # An id may be any string, even a path.
         name_of_file = urllib.parse.quote(str(element["image_id"]), safe="")
         _write(folder / f"{name_of_file}.png", data.getvalue())
-
-
-def draw(image: np.ndarray, results: Iterable[dict], names: dict[int, str]) -> np.ndarray:
-    """An (H, W, 3) uint8 image with the boxes, masks, names and scores of results on it."""
-    image = np.array(image)
-    # The best on top.
-    results = sorted(results, key=lambda result: result["score"])
-    colours = [  # far apart for neighbouring ids: steps of the golden ratio around the circle
-        tuple(int(255 * c) for c in colorsys.hsv_to_rgb(r["category_id"] * 0.618 % 1, 0.8, 1))
-        for r in results
-    ]
-    for result, colour in zip(results, colours, strict=True):
-        inside = rasterise(result["segmentation"], image.shape[:2]) > 0
-        image[inside] = (image[inside] + np.array(colour)) // 2
-    picture = Image.fromarray(image)
-    pen = ImageDraw.Draw(picture)
-    for result, colour in zip(results, colours, strict=True):
-        x, y, width, height = result["bbox"]
-        pen.rectangle((x, y, x + width, y + height), outline=colour)
-        text = f"{names[result['category_id']]} {result['score']:.2f}"
-        place = (x, max(y - 11, 0))
-        pen.rectangle(pen.textbbox(place, text), fill=(0, 0, 0))
-        pen.text(place, text, fill=colour)
-    return np.asarray(picture)
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
