@@ -4,7 +4,7 @@ from typing import Any
 
 from vssd_jax.errors import UserError
 
-__all__ = ["UserError", "__version__", "create_model", "list_models"]
+__all__ = ["UserError", "__version__", "create_model", "list_models", "load_predictor"]
 
 __version__ = "0.1.0"
 
@@ -15,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from vssd_jax import factory
 
         return getattr(factory, name)
+    if name == "load_predictor":
+        from vssd_jax.inference.predictor import load_predictor
+
+        return load_predictor
     raise AttributeError(f"module 'vssd_jax' has no attribute {name!r}")

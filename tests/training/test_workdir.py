@@ -13,11 +13,11 @@ def test_the_config_is_noted_and_a_difference_said(tmp_path, capsys):
     with claim(workdir, {"batch_size": 8, "model": "m"}, checkpoint_bytes=0):
         assert json.loads((workdir / "config.json").read_text()) == {"batch_size": 8, "model": "m"}
     assert capsys.readouterr().out == ""
-    with claim(workdir, {"batch_size": 9, "seed": 0, "model": "m"}, checkpoint_bytes=0):
+    with claim(workdir, {"batch_size": 9, "seed": 3, "model": "m"}, checkpoint_bytes=0):
         pass
     assert capsys.readouterr().out.splitlines() == [
         "the config differs from this workdir's: batch_size was 8, is 9",
-        "the config differs from this workdir's: seed was null, is 0",
+        "the config differs from this workdir's: seed was null, is 3",
     ]
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == 9
     assert {path.name for path in workdir.iterdir()} <= {"config.json", "lock", "lock.txt"}

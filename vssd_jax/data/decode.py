@@ -2,9 +2,10 @@
 
 import functools
 import io
+import os
 import sys
 import warnings
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -69,7 +70,7 @@ def decode(data: bytes, *, oriented: bool = False, max_pixels: int = MAX_PIXELS)
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
-def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(data: bytes | BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture of a file by Pillow, of which only the header is read.
 
     Raises:
@@ -78,13 +79,33 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses pictures of twice its limit by itself
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        image = Image.open(file, formats=_formats())
     except UnidentifiedImageError:
         raise UnreadableImage("no known picture format") from None
     except Image.DecompressionBombError:
         raise UnreadableImage(f"more pixels than config.max_pixels={max_pixels}") from None
     _check_pixels(image.size[::-1], max_pixels)
     return image
+
+
+def upright_size(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(H, W) of the picture in a file, its EXIF orientation applied, from the header alone.
+
+    Raises:
+      UnreadableImage: it is none of the `FORMATS`, or has more pixels.
+      OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            image = open_image(file, max_pixels=max_pixels)
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        except UnreadableImage:
+            raise
+        except Exception as error:  # of many kinds, see `decode`
+            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+        width, height = image.size
+    return (width, height) if turned else (height, width)
 
 
 def decode_annotated(
@@ -218,7 +239,8 @@ class DecodedSource:
 
     def _decode(self, record: dict[str, Any], name: str) -> np.ndarray:
         if "size" not in record:
-            return decode(record["image"], max_pixels=self._max_pixels)
+            oriented = record.get("oriented", False)
+            return decode(record["image"], oriented=oriented, max_pixels=self._max_pixels)
         size = record["size"]
         pixels = decode_annotated(record["image"], size, max_pixels=self._max_pixels)
         if pixels.shape[:2] != tuple(size):

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from vssd_jax.data.coco_masks import rasterise
-from vssd_jax.data.normalization import normalize
+from vssd_jax.data.normalization import IMAGENET_MEAN, IMAGENET_STD, normalize
 from vssd_jax.data.sizes import fitted_size
 
 Size = tuple[int, int]  # height and width
@@ -22,6 +22,16 @@ def padded_shape(size: Size, shapes: Sequence[Size]) -> Size:
     """The shape, of a few, for images of this orientation: the landscape one, or the portrait."""
     height, width = size
     return max(shapes, key=lambda shape: (height > width) == (shape[0] > shape[1]))
+
+
+def input_shape(
+    size: Size, *, short_side: int, long_side: int, shapes: Sequence[Size] | None
+) -> Size:
+    """The padded (H, W) of an image of `size` in `eval_transform`, whose arguments these are."""
+    if shapes is not None:
+        return padded_shape(size, shapes)
+    height, width = fitted_size(size, short_side, long_side)
+    return -(-height // 32) * 32, -(-width // 32) * 32
 
 
 def train_transform(
@@ -104,6 +114,8 @@ def eval_transform(
     short_side: int = 800,
     long_side: int = 1333,
     shapes: Sequence[Size] | None = (LANDSCAPE, PORTRAIT),
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
 ) -> dict[str, Any]:
     """An element of a `DetectionSource`, decoded, for inference.
 
@@ -117,15 +129,13 @@ def eval_transform(
     """
     image = element["image"]
     original = image.shape[:2]
-    if shapes is None:
-        height, width = size = fitted_size(original, short_side, long_side)
-        shape = (-(-height // 32) * 32, -(-width // 32) * 32)
-    else:
-        shape = padded_shape(element.get("like", original), shapes)
-        size = fitted_size(original, short_side, long_side, limit=shape)
+    shape = input_shape(
+        element.get("like", original), short_side=short_side, long_side=long_side, shapes=shapes
+    )
+    size = fitted_size(original, short_side, long_side, limit=None if shapes is None else shape)
     image, _, _ = _resize(image, np.zeros((0, 4), np.float32), [], size)
     return {
-        "image": _padded(normalize(image), shape),
+        "image": _padded(normalize(image, mean, std), shape),
         "image_shape": np.array(size, np.int32),
         "index": np.int32(element["index"]),
         "original_shape": np.array(original, np.int32),

@@ -39,6 +39,7 @@ class ImageFolder:
       class_names: of the labels 0, 1, ...; None takes those of the folders, sorted. Classes without
         a folder are allowed: a validation part may lack some.
       subset: leave out the folders of other classes, and count them; otherwise they are an error.
+      oriented: whether the pictures' EXIF orientation counts.
 
     Raises:
       UserError: a missing folder, a class without pictures, a class that is not in `class_names`.
@@ -50,7 +51,9 @@ class ImageFolder:
         class_names: Sequence[str] | None = None,
         *,
         subset: bool = False,
+        oriented: bool = False,
     ):
+        self._oriented = oriented
         folder = pathlib.Path(folder)
         present = class_folders(folder)
         self.class_names = present if class_names is None else list(class_names)
@@ -127,7 +130,8 @@ class ImageFolder:
         name = os.fsdecode(self._names[index])
         path = os.path.join(self._folder, self.class_names[label], name)
         with open(path, "rb") as file:
-            return {"image": file.read(), "name": path, "label": label}
+            sample = {"image": file.read(), "name": path, "label": label}
+        return sample | {"oriented": True} if self._oriented else sample
 
 
 def _shortened(names: list[str]) -> str:

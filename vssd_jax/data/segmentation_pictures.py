@@ -17,9 +17,13 @@ def save_prediction(
     image: np.ndarray,
     labels: np.ndarray,
     classes: Sequence[str],
+    *,
+    reduce_zero_label: bool = True,
 ) -> None:
-    """Writes `labels/NAME.png` (class n as n + 1, as in the annotations,
-    and 0 for no class) and `overlays/NAME.png` (see `draw_segmentation`).
+    """Writes `labels/NAME.png` and `overlays/NAME.png` (see `draw_segmentation`).
+
+    The numbers are those of the annotations: class n is n + 1 and 0 no class with
+    `reduce_zero_label`, otherwise class n is n and 255 no class.
 
     Args:
       folder: made if need be.
@@ -27,12 +31,13 @@ def save_prediction(
       image: (H, W, 3) uint8 RGB.
       labels: (H, W) uint8, the predicted classes; 255 for none.
       classes: their names.
+      reduce_zero_label: see above.
 
     Raises:
       UserError: the folder cannot be written.
     """
     pictures = {
-        "labels": Image.fromarray((labels + 1).astype(np.uint8)),
+        "labels": Image.fromarray((labels + reduce_zero_label).astype(np.uint8)),
         "overlays": draw_segmentation(image, labels, classes),
     }
     try:

@@ -17,10 +17,10 @@ IGNORE = 255
 LABEL_MULTIPLE = 128
 
 
-def _resize(
+def resize(
     array: np.ndarray, size: tuple[int, int], interpolation: int = cv2.INTER_LINEAR
 ) -> np.ndarray:
-    # No antialiasing: the recipe's own resizing has none.
+    """An image or label map of `size` (H, W); without antialiasing, as the recipe's."""
     return cv2.resize(array, size[::-1], interpolation=interpolation)
 
 
@@ -101,10 +101,10 @@ def train_transform(
     image, label = element["image"], element["label"]
     factor = rng.uniform(*scales)
     size = fitted_size(label.shape, int(short * factor), int(long * factor))
-    label = _resize(label, size, cv2.INTER_NEAREST)
+    label = resize(label, size, cv2.INTER_NEAREST)
     # Only the crop is worth the work of the rest.
     window = random_crop_window(label, (crop, crop), max_ratio, rng)
-    image, label = _resize(image, size)[window], label[window]
+    image, label = resize(image, size)[window], label[window]
     if rng.random() < flip:
         image, label = image[:, ::-1], label[:, ::-1]
     image = normalize(photometric_distortion(np.ascontiguousarray(image), rng))
@@ -169,7 +169,7 @@ def eval_transform(
         label = np.full(like, IGNORE, np.uint8)
     below, right = padded[0] - label.shape[0], padded[1] - label.shape[1]
     return {
-        "images": {str(index): normalize(_resize(image, size)) for index, size in enumerate(sizes)},
+        "images": {str(index): normalize(resize(image, size)) for index, size in enumerate(sizes)},
         "label": np.pad(label, ((0, below), (0, right)), constant_values=IGNORE),
         "size": np.array(label.shape, np.int32),
         "index": np.int32(element["index"]),

@@ -22,7 +22,8 @@ class LabelledSource(Source, Protocol):
     """A split of a dataset; this is all that classification needs.
 
     There a sample is a dict with `image`, the bytes of a file of any format that `decode` reads,
-    and `label`, an integer. It may have a `name`, for messages. A source may have a method
+    and `label`, an integer. It may have a `name`, for messages, and `oriented`, true where the
+    EXIF orientation counts. A source may have a method
     `describe_problems() -> str`, which says what it left out.
 
     Attributes:

@@ -42,22 +42,20 @@ def to_results(
       A dict per detection: image_id, category_id, bbox (x y width height), score, segmentation
       (run-length code).
     """
-    from pycocotools import mask as coco_mask
-
     results = []
     for i, index in enumerate(batch["index"]):
         if not batch.get("valid", np.ones(len(batch["index"]), bool))[i]:
             continue
         found = detections.valid[i]
-        height, width = map(int, batch["original_shape"][i])
-        scale = np.array([width, height], np.float32) / batch["image_shape"][i][::-1]
-        boxes = np.float32(detections.boxes[i][found]) * np.tile(scale, 2).astype(np.float32)
-        probabilities = 1 / (1 + np.exp(-np.float32(detections.masks[i][found])))
-        masks = paste_masks(probabilities, boxes, (height, width), threshold)
-        for box, score, label, mask in zip(
-            boxes, detections.scores[i][found], detections.labels[i][found], masks, strict=True
-        ):
-            code = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+        size = tuple(map(int, batch["original_shape"][i]))
+        boxes, codes = in_original(
+            detections.boxes[i][found], detections.masks[i][found], batch["image_shape"][i], size,
+            threshold,
+        )  # fmt: skip
+        for box, score, label, code in zip(
+            boxes, detections.scores[i][found], detections.labels[i][found], codes or (),
+            strict=True,
+        ):  # fmt: skip
             x1, y1, x2, y2 = map(float, box)
             results.append(
                 {
@@ -65,13 +63,45 @@ def to_results(
                     "category_id": int(source.category_ids[label]),
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "score": float(score),
-                    "segmentation": {
-                        "size": [height, width],
-                        "counts": code["counts"].decode(),
-                    },
+                    "segmentation": code,
                 }
             )
     return results
+
+
+def in_original(
+    boxes: np.ndarray,
+    masks: np.ndarray | None,
+    image_shape: np.ndarray,
+    size: tuple[int, int],
+    threshold: float = 0.5,
+) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
+    """Boxes and masks of the resized image in pixels of the original one.
+
+    Args:
+      boxes: (N, 4) x1 y1 x2 y2.
+      masks: (N, 28, 28) logits of each box's class, or None.
+      image_shape: (H, W) of the resized image, without padding.
+      size: (H, W) of the original one.
+      threshold: least probability of a mask's pixel.
+
+    Returns:
+      (N, 4) float32 boxes, and a run-length code of each mask.
+    """
+    from pycocotools import mask as coco_mask
+
+    scale = np.array(size[::-1], np.float32) / image_shape[::-1]
+    boxes = np.float32(boxes) * np.tile(scale, 2).astype(np.float32)
+    if masks is None:
+        return boxes, None
+    codes = []
+    # One by one: the masks of a large picture together take gigabytes.
+    for logits, box in zip(masks, boxes, strict=True):
+        probabilities = 1 / (1 + np.exp(-np.float32(logits[None])))
+        mask = paste_masks(probabilities, box[None], size, threshold)[0]
+        code = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+        codes.append({"size": list(size), "counts": code["counts"].decode()})
+    return boxes, codes
 
 
 def evaluate(

@@ -59,7 +59,7 @@ class Segmentation(BaseTask[SegmentationSource]):
     @property
     def preprocessing(self) -> dict[str, Any]:
         """See `Task`; with the numbers that label maps have."""
-        reduced = getattr(self.source("val"), "reduce_zero_label", False)
+        reduced = getattr(self.source("val"), "reduce_zero_label", True)
         return super().preprocessing | {"reduce_zero_label": bool(reduced)}
 
     def train_batches(self, start_step: int) -> Iterator[Batch]:
@@ -231,6 +231,7 @@ class Segmentation(BaseTask[SegmentationSource]):
                 decoded[index]["image"],
                 output["predicted"][i, :height, :width],
                 self.class_names,
+                reduce_zero_label=getattr(source, "reduce_zero_label", True),
             )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import filelock
 
 from vssd_jax import strict_json
+from vssd_jax.config import base_config
 from vssd_jax.distributed import is_main, say
 from vssd_jax.errors import UserError, describe_difference
 
@@ -77,14 +78,18 @@ def _lock(workdir: pathlib.Path) -> Iterator[None]:
         ) from None
 
 
+def _is_default(key: str, value: Any) -> bool:
+    return key == "preprocessing" or not value or value == base_config().get(key)
+
+
 def _note_config(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Writes the config, says what changed, and returns the one from before."""
     text, old = strict_json.dumps(dict(config), indent=2), None
     if path.exists():
         old, new = json.loads(path.read_text()), json.loads(text)
         for key in sorted(old.keys() | new.keys()):
-            # An earlier version did not have every field.
-            if key not in old or old[key] == new.get(key):
+            # An earlier version did not have every field; what it did is the default.
+            if old.get(key) == new.get(key) or (key not in old and _is_default(key, new[key])):
                 continue
             if key == "class_names" and old.get(key) and new.get(key):
                 difference = describe_difference(old[key], new[key])

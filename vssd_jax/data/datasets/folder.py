@@ -50,10 +50,10 @@ def open_split(config: ml_collections.ConfigDict, split: str) -> ImageFolder:
                 raise UserError(f"config.class_names: {root} has no class {name!r}{near}")
     wanted = {"train": train, "val": validation}[split]
     if wanted is not None and validation is not None:
-        return ImageFolder(wanted, classes, subset=bool(chosen))
+        return ImageFolder(wanted, classes, subset=bool(chosen), oriented=True)
     if train is None:
         raise UserError(f"{root} has no folder train; only {validation} is there")
-    source = ImageFolder(train, classes, subset=bool(chosen))
+    source = ImageFolder(train, classes, subset=bool(chosen), oriented=True)
     aside = set_aside(source.names, config.validation_share, config.seed, source.labels.tolist())
     if split == "val":
         say(
