@@ -74,6 +74,7 @@ def base_config() -> ml_collections.ConfigDict:
     # Checkpoints between the evaluations, each of which makes one.
     config.save_every_steps = ml_collections.config_dict.placeholder(int)
     config.log_every_steps = 50
+    config.tracker = ""  # the metrics also go to "wandb", "mlflow" or "trackio"
     return config
 
 
@@ -255,7 +256,8 @@ def _weights(value: Any) -> bool:
 
 
 def _one_of(*choices: str) -> tuple[str, Callable[[Any], bool]]:
-    return f"one of {', '.join(choices)}", lambda value: value in choices
+    words = ", ".join(choice or "'' (none)" for choice in choices)
+    return f"one of {words}", lambda value: value in choices
 
 
 def _mesh(value: Any) -> bool:
@@ -359,6 +361,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "schedule": _one_of("cosine", "linear", "steps"),
     "no_decay": _one_of("vectors", "norms"),
     "bad_annotations": _one_of("skip", "refuse"),
+    "tracker": _one_of("wandb", "mlflow", "trackio", ""),
 }  # fmt: skip
 _RANGE = (
     "two numbers greater than 0, the smaller first",

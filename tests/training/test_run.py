@@ -40,7 +40,7 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
 
 
 def opened(workdir, max_nonfinite=3):
-    config = {"max_nonfinite": max_nonfinite}
+    config = {"max_nonfinite": max_nonfinite, "tracker": ""}
     return open_run(workdir, config, PLAN, best_metric="val/score", checkpoint_bytes=0)
 
 

@@ -1,4 +1,4 @@
-"""Metrics on disk: metrics.jsonl, TensorBoard files and curves.png."""
+"""Metrics on disk (metrics.jsonl, TensorBoard files and curves.png) and for a tracker."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from tensorboardX import SummaryWriter
 
 from vssd_jax import strict_json
 from vssd_jax.distributed import is_main
+from vssd_jax.training.trackers import Tracker
 
 
 def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
@@ -32,10 +33,13 @@ class MetricWriter:
     Args:
       workdir: folder of the run.
       start_step: lines of an earlier run for later steps are dropped, as those steps run again.
+      tracker: gets all values too, and is closed with the writer.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, start_step: int) -> None:
-        self._workdir = pathlib.Path(workdir)
+    def __init__(
+        self, workdir: str | pathlib.Path, start_step: int, tracker: Tracker | None = None
+    ) -> None:
+        self._workdir, self._tracker = pathlib.Path(workdir), tracker
         if not is_main():
             return
         kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
@@ -54,6 +58,8 @@ class MetricWriter:
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.log(step, values)
 
     def plot(self) -> None:
         """Draws every metric against the step into `curves.png`."""
@@ -89,3 +95,5 @@ class MetricWriter:
             return
         self._file.close()
         self._tensorboard.close()
+        if self._tracker is not None:
+            self._tracker.close()

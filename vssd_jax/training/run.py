@@ -22,6 +22,7 @@ from vssd_jax.training.clock import Clock
 from vssd_jax.training.evaluator import Evaluator
 from vssd_jax.training.metrics import MetricWriter, read_metrics
 from vssd_jax.training.plan import Plan
+from vssd_jax.training.trackers import check_installed, open_tracker
 from vssd_jax.training.workdir import claim
 
 
@@ -80,13 +81,13 @@ class Run:
         self,
         workdir: pathlib.Path,
         plan: Plan,
+        config: Mapping[str, Any],
         best_metric: str,
-        max_nonfinite: int,
         checkpoints: Checkpoints,
         resources: contextlib.ExitStack,
     ) -> None:
         self._workdir, self._plan, self._best_metric = workdir, plan, best_metric
-        self._max_nonfinite = max_nonfinite
+        self._config, self._max_nonfinite = config, config["max_nonfinite"]
         self.checkpoints, self.start = checkpoints, checkpoints.latest_step or 0
         self.stopping, self._tracing, self.clock = False, False, Clock()
         self._step = self._logged_step = self.start
@@ -102,7 +103,8 @@ class Run:
     def steps(self, batches: Iterator[dict]) -> Iterator[tuple[int, dict]]:
         """The number and the batch of each step to do, until the end or a signal."""
         use = self._resources.enter_context
-        self._writer = use(contextlib.closing(MetricWriter(self._workdir, self.start)))
+        tracker = open_tracker(self._workdir, self._config)
+        self._writer = use(contextlib.closing(MetricWriter(self._workdir, self.start, tracker)))
         self._stop_signal = use(StopSignal())
         self._progress = use(
             tqdm(
@@ -232,15 +234,17 @@ def open_run(
       checkpoint_bytes: size of a checkpoint.
 
     Raises:
-      UserError: a folder that cannot be used, see `vssd_jax.training.workdir.claim`.
+      UserError: a folder that cannot be used, see `vssd_jax.training.workdir.claim`, or a
+        tracker whose package is missing.
     """
+    check_installed(config["tracker"])
     workdir = pathlib.Path(workdir)
     with (
         claim(workdir, config, checkpoint_bytes=checkpoint_bytes) as previous,
         Checkpoints(workdir, best_metric=best_metric) as checkpoints,
         contextlib.ExitStack() as resources,
     ):
-        run = Run(workdir, plan, best_metric, config["max_nonfinite"], checkpoints, resources)
+        run = Run(workdir, plan, config, best_metric, checkpoints, resources)
         run.previous_config = previous
         yield run
 
