@@ -29,7 +29,8 @@ class Weights:
       overrides: fields of its config that differ from the name's.
       params: arrays by this project's names of the parameters, in the dtype of their file.
       class_names: of the labels that they were trained with; None if that is not known.
-      provenance: where they come from: `source`, the file's name; `state_dict`, "model" or
+      provenance: where they come from: `source`, the file's name or its address on the hub;
+        `dataset`, the one that a run was trained on, as configs name it; `state_dict`, "model" or
         "ema"; `num_batches_tracked`, PyTorch's counters of BatchNorm batches, kept only for the
         way back to PyTorch: one number, numbers by name where they differ, or None if there are no
         counters.
