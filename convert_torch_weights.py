@@ -13,7 +13,9 @@ from vssd_jax import cli
 from vssd_jax.errors import UserError
 
 INPUT = flags.DEFINE_string(
-    "input", None, "A .pth or .safetensors file, hf://owner/repo/file, or a weights folder."
+    "input",
+    None,
+    "A .pth or .safetensors file, a weights folder, or hf://owner/repo[@revision][/file].",
 )
 OUTPUT = flags.DEFINE_string("output", None, "The weights folder (with --reverse: .pth) to write.")
 MODEL = flags.DEFINE_string(
