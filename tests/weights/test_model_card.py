@@ -15,7 +15,7 @@ def test_a_classifier():
             class_names=["tench", "a|b", "snake_*"],
             preprocessing={"image_size": 224, "mean": [0.5, 0.5, 0.5], "interpolation": "bicubic"},
             metrics={"val/top1": 82.5, "corrupted": {"blur": 0.25}, "note": "x", "nan": None},
-            dataset="pets",
+            dataset="my_pets",
         ),
         "hf://someone/pets@v1",
         license="apache-2.0",
@@ -32,7 +32,7 @@ def test_a_classifier():
         "corrupted/blur": 0.25,
     }
     assert results["val/top1"].metric_type == "accuracy"
-    assert results["val/top1"].dataset_name == "pets"
+    assert results["val/top1"].dataset_name == "my_pets"
     for part in (
         "# pets\n",
         "https://arxiv.org/abs/2407.18559",
@@ -44,7 +44,7 @@ def test_a_classifier():
         "| interpolation | bicubic |",
         "| val/top1 | 82.5 |",
         "tench, a\\|b, snake\\_\\*",
-        "`pets`",
+        "config calls my\\_pets.",
         "Of the weights: apache-2.0.",
     ):
         assert part in card.text, part

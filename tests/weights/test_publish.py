@@ -93,7 +93,7 @@ def test_a_run_to_a_branch_of_a_private_repository(tmp_path):
     assert 'weights="hf://someone/nano@v%2F1"' in commit.files["README.md"].decode()
     config = json.loads(commit.files["config.json"])
     assert (config["source"], config["dataset"]) == ("run", "digits")
-    assert "training's config calls `digits`" in commit.files["README.md"].decode()
+    assert "training's config calls digits." in commit.files["README.md"].decode()
     (tmp_path / "w").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "w" / name).write_bytes(commit.files[name])

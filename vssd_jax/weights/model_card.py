@@ -182,7 +182,7 @@ def _training_data(config: Mapping[str, Any]) -> str:
             f"`{source.rpartition('/')[2]}`, which is one that they released."
         )
     if config.get("dataset"):
-        return f"The dataset that the training's config calls `{_plain(config['dataset'])}`."
+        return f"The dataset that the training's config calls {_plain(config['dataset'])}."
     return "Not recorded with the weights."
 
 
