@@ -16,7 +16,7 @@ from vssd_jax.errors import UserError
 INPUT = flags.DEFINE_string(
     "input",
     None,
-    "A .pth or .safetensors file, hf://owner/repo/file, a weights folder, or a run's workdir.",
+    "A .pth or .safetensors file, a weights folder, a workdir, or hf://owner/repo[@revision][/file].",
 )
 OUTPUT = flags.DEFINE_string("output", None, "The weights folder (with --reverse: .pth) to write.")
 MODEL = flags.DEFINE_string(

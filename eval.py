@@ -3,8 +3,8 @@
     python eval.py --config configs/tiny.py --weights weights/vssd_tiny [--throughput]
         [--tta] [--save-predictions DIR]
 
-`--weights` takes a weights folder, a .pth file, hf://owner/repo/file, or the workdir of a
-training run, of which it takes the averaged weights of the latest checkpoint. The last line of
+`--weights` takes a weights folder, a .pth file, hf://owner/repo[@revision][/file], or the workdir
+of a training run, of which it takes the averaged weights of the latest checkpoint. The last line of
 the output is JSON.
 """
 

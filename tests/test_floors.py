@@ -17,7 +17,7 @@ FLOORS = (
     ("tasks",),
     ("training",),
     ("inference",),
-    ("cli",),
+    ("cli", "hub"),
 )
 GROUND = FLOORS[0]
 # Floors that may not use all that lies below them.

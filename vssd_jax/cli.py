@@ -82,8 +82,13 @@ def _config_path() -> pathlib.Path:
     return pathlib.Path(name.split(":")[0])  # what follows a colon is get_config's argument
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and calls `main`."""
+def run(main: Callable[[], None], *, command: str | None = None) -> None:
+    """Parses the flags and calls `main`.
+
+    Args:
+      main: what the script does.
+      command: the word that must stand before or between the flags, if one must.
+    """
 
     def parse(argv: list[str]) -> list[str]:
         # --some-flag is --some_flag; what follows a dot or an equals sign stays as it is.
@@ -106,6 +111,11 @@ def run(main: Callable[[], None]) -> None:
             _fail(f"the config is not a Python file: {error}")
         for field in none:
             _clear(field)
+        if command is not None:
+            if command not in rest[1:2]:
+                given = f", not {rest[1]!r}" if len(rest) > 1 else ""
+                _fail(f"the command is {command!r}{given}; see --help")
+            del rest[1]
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}; options are --name=value")
         return rest

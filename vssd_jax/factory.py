@@ -21,6 +21,7 @@ def create_model(
     name: str,
     *,
     weights: str | os.PathLike | None = None,
+    pretrained: bool | str = False,
     num_classes: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: str | None = None,
@@ -32,8 +33,11 @@ def create_model(
 
     Args:
       name: one of `list_models()`.
-      weights: a weights folder, a PyTorch `.pth` file, a `.safetensors` file or
-        `hf://owner/repo/file`; None leaves the initialisation of `seed`.
+      weights: a weights folder, a PyTorch `.pth` file, a `.safetensors` file, or one of these on
+        the Hugging Face hub: `hf://owner/repo[@revision]/file`, `hf://owner/repo[@revision]` for a
+        weights folder; None leaves the initialisation of `seed`.
+      pretrained: take the weights that the authors released: True, or a name where a model has
+        several: "imagenet" or "mesa", "1x" or "3x"; see `vssd_jax.weights.released`.
       num_classes: size of the classifier; the default is that of the weights, else the
         dataset's of the paper (1000). If it differs from the weights', the classifier stays fresh.
         0 leaves the classifier out: the model gives the pooled features (B, C).
@@ -47,6 +51,12 @@ def create_model(
       UserError: unknown names and options, and weights that do not fit.
     """
     _check_num_classes(name, num_classes)
+    if pretrained is not False:
+        if weights is not None:
+            raise UserError(f"{name}: give either weights or pretrained, not both")
+        from vssd_jax.weights import released
+
+        weights = released.address(name, pretrained)
     if weights is not None:
         from vssd_jax.weights.load import load
 

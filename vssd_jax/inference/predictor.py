@@ -273,11 +273,12 @@ class _Detector:
         results: list[Result] = []
         for i in range(count):
             keep = outputs.valid[i] & (outputs.scores[i] >= self._min_score)
-            size = tuple(map(int, batch["original_shape"][i]))
-            labels = outputs.labels[i][keep].tolist()
+            height, width = map(int, batch["original_shape"][i])
+            size = height, width
+            labels = np.asarray(outputs.labels[i])[keep].tolist()
             boxes, codes = coco_metrics.in_original(
-                outputs.boxes[i][keep],
-                outputs.masks[i][keep] if self._masks else None,
+                np.asarray(outputs.boxes[i])[keep],
+                np.asarray(outputs.masks[i])[keep] if self._masks else None,
                 batch["image_shape"][i],
                 size,
             )
@@ -285,7 +286,7 @@ class _Detector:
                 Detection(
                     labels,
                     [self._names[label] for label in labels],
-                    outputs.scores[i][keep].astype(float).tolist(),
+                    np.asarray(outputs.scores[i])[keep].astype(float).tolist(),
                     boxes,
                     codes,
                     size,
@@ -393,15 +394,15 @@ class Predictor:
         Raises:
           UserError: the one picture cannot be read, or is of another type.
         """
-        if isinstance(pictures, str | os.PathLike | Image.Image | np.ndarray):
-            for _, result in self.stream([pictures]):
-                if isinstance(result, Exception):
-                    raise UserError(_reason(pictures, result)) from result
-                return result
+        if not isinstance(pictures, Sequence) or isinstance(pictures, str):
+            _, result = next(self.stream([pictures]))
+            if isinstance(result, Exception):
+                raise UserError(reason(pictures, result)) from result
+            return result
         results: list[Result | None] = [None] * len(pictures)
         for index, result in self.stream(pictures):
             if isinstance(result, Exception):
-                say(f"warning: {_reason(pictures[index], result)}")
+                say(f"warning: {reason(pictures[index], result)}")
             else:
                 results[index] = result
         return results
@@ -432,7 +433,7 @@ class Predictor:
     def _predict(
         self, pool: ThreadPoolExecutor, pictures: Sequence[Picture], chunks: Iterable[list[int]]
     ) -> Iterator[tuple[int, Result | Exception]]:
-        """Prepares a batch, computes the one before and gives the results of the one before that."""
+        """Prepares batches, computes the one before, gives the results of the one before that."""
         running: tuple[list[int], dict[str, np.ndarray], Any] | None = None
         for numbers, rows in _ahead(pool, self._row, pictures, chunks):
             good = []
@@ -520,7 +521,8 @@ def _pixels(picture: Picture, max_pixels: int) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(picture[..., :3], (*picture.shape[:2], 3)))
 
 
-def _reason(picture: Picture, error: Exception) -> str:
+def reason(picture: Picture, error: Exception) -> str:
+    """Why a picture of `Predictor.stream` has no result, in a line."""
     name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else "the picture"
     text = str(error) if not isinstance(error, OSError) else error.strerror or str(error)
     return f"{name!s} cannot be read: {text}"
@@ -598,7 +600,7 @@ def load_predictor(
         names,
         fields,
         method,
-        get_state(split.abstract),
+        {name: jnp.asarray(value) for name, value in get_state(split.abstract).items()},
         batch_size=batch_size or BATCH_SIZES[task],
         threads=threads or os.cpu_count() or 1,
         max_pixels=max_pixels,

@@ -47,10 +47,10 @@ def to_results(
         if not batch.get("valid", np.ones(len(batch["index"]), bool))[i]:
             continue
         found = detections.valid[i]
-        size = tuple(map(int, batch["original_shape"][i]))
+        height, width = map(int, batch["original_shape"][i])
         boxes, codes = in_original(
-            detections.boxes[i][found], detections.masks[i][found], batch["image_shape"][i], size,
-            threshold,
+            np.asarray(detections.boxes[i])[found], np.asarray(detections.masks[i])[found],
+            batch["image_shape"][i], (height, width), threshold,
         )  # fmt: skip
         for box, score, label, code in zip(
             boxes, detections.scores[i][found], detections.labels[i][found], codes or (),

@@ -32,7 +32,8 @@ class Weights:
       class_names: of the labels that they were trained with; None if that is not known.
       preprocessing: how a picture becomes the model's input, by the fields of the task's config
         (`vssd_jax.config.PREPROCESSING`), with mean and deviation; empty if it is not known.
-      provenance: where they come from: `source`, the file's name; `state_dict`, "model" or
+      provenance: where they come from: `source`, the file's name or its address on the hub;
+        `dataset` and `metrics` of a run; `state_dict`, "model" or
         "ema"; `num_batches_tracked`, PyTorch's counters of BatchNorm batches, kept only for the
         way back to PyTorch: one number, numbers by name where they differ, or None if there are no
         counters.

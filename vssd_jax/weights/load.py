@@ -40,8 +40,9 @@ def load(
 
     Args:
       source: a weights folder; a `.pth` file; a `.safetensors` file, with PyTorch's names or those
-        of this project; `hf://owner/repo/file`, downloaded through huggingface_hub; or the workdir
-        of a training run, whose averaged weights at the latest checkpoint are taken.
+        of this project; one of these or a weights folder on the hub (`hf://owner/repo/file`,
+        `hf://owner/repo`, `hf://owner/repo/folder`; `@revision` may follow the repo); or the
+        workdir of a training run, whose averaged weights at the latest checkpoint are taken.
       model: the name that the weights must have; None recognises it from the tensors.
       which: "model", "ema" or another entry of a `.pth` file; None is the EMA where it has one.
       overrides: fields of the model's config; needed for what shapes do not show, such as
@@ -58,11 +59,14 @@ def load(
         raise UserError(f"{source}: download the file first, or write hf://owner/repo/file")
     if model is not None:
         family.find(model)
-    path = hub.download(source) if source.startswith(hub.SCHEME) else Path(source)
+    on_hub = source.startswith(hub.SCHEME)
+    path = hub.download(source) if on_hub else Path(source)
     overrides = dict(overrides or {})
     try:
         if path.is_dir():
-            weights = _read_workdir(path) if _is_workdir(path) else read_folder(path)
+            # What else of a repository was downloaded lies in the same folder of the cache.
+            is_workdir = not on_hub and _is_workdir(path)
+            weights = _read_workdir(path) if is_workdir else read_folder(path)
             if backbone and model is not None and _starts_backbone(weights.model, model):
                 model, overrides = _classifier_of(model, overrides)
             _check_agreement(weights, model, overrides)
@@ -86,11 +90,13 @@ def load(
         if not allow_nonfinite:
             check_finite(weights.params)
     except UserError as error:
-        message = str(error)
-        raise UserError(message if str(path) in message else f"{source}: {message}") from error
-    return dataclasses.replace(
-        weights, provenance={"source": source.rstrip("/").rpartition("/")[2]} | weights.provenance
-    )
+        message = str(error).replace(str(path), source) if on_hub else str(error)
+        named = source if on_hub else str(path)
+        raise UserError(message if named in message else f"{source}: {message}") from error
+    name = source.rstrip("/")
+    if not on_hub:
+        name = name.rpartition("/")[2]
+    return dataclasses.replace(weights, provenance={"source": name} | weights.provenance)
 
 
 def to_torch(weights: Weights) -> dict[str, np.ndarray]:
@@ -126,7 +132,8 @@ def _read_workdir(path: Path) -> Weights:
         params=params,
         class_names=config.get("class_names"),
         preprocessing=_preprocessing(config),
-        provenance={"state_dict": "ema", "step": step, "metrics": _metrics(path, step)},
+        provenance={"state_dict": "ema", "step": step, "metrics": _metrics(path, step)}
+        | {key: config[key] for key in ("dataset",) if key in config},
     )
 
 
