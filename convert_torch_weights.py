@@ -26,7 +26,7 @@ WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
     "Which of a file's models: 'model', 'ema', or the name of an entry such as 'teacher'; "
-    "default: the EMA where it has one.",
+    "default: the EMA where it has one. Of a workdir 'best'; default: its latest checkpoint.",
 )
 ALLOW_NONFINITE = flags.DEFINE_bool("allow_nonfinite", False, "Let NaN and infinity pass.")
 CLASS_NAMES = flags.DEFINE_string(

@@ -14,7 +14,7 @@ from vssd_jax.errors import UserError
 def save_prediction(
     folder: str | os.PathLike,
     name: str,
-    image: np.ndarray,
+    image: np.ndarray | None,
     labels: np.ndarray,
     classes: Sequence[str],
     *,
@@ -28,7 +28,7 @@ def save_prediction(
     Args:
       folder: made if need be.
       name: of the picture, without suffix.
-      image: (H, W, 3) uint8 RGB.
+      image: (H, W, 3) uint8 RGB; None leaves the overlay out.
       labels: (H, W) uint8, the predicted classes; 255 for none.
       classes: their names.
       reduce_zero_label: see above.
@@ -36,10 +36,9 @@ def save_prediction(
     Raises:
       UserError: the folder cannot be written.
     """
-    pictures = {
-        "labels": Image.fromarray((labels + reduce_zero_label).astype(np.uint8)),
-        "overlays": draw_segmentation(image, labels, classes),
-    }
+    pictures = {"labels": Image.fromarray((labels + reduce_zero_label).astype(np.uint8))}
+    if image is not None:
+        pictures["overlays"] = draw_segmentation(image, labels, classes)
     try:
         for kind, picture in pictures.items():
             path = pathlib.Path(folder) / kind / f"{name}.png"

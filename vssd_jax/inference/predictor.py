@@ -358,6 +358,7 @@ class Predictor:
       model: its name.
       class_names: of the labels.
       preprocessing: how a picture becomes the model's input.
+      max_pixels: a picture with more is unreadable.
     """
 
     def __init__(
@@ -375,7 +376,7 @@ class Predictor:
     ):
         self.task, self.model, self.class_names = task, model, class_names
         self.preprocessing = preprocessing
-        self._method, self._threads, self._max_pixels = method, threads, max_pixels
+        self._method, self._threads, self.max_pixels = method, threads, max_pixels
         self._mesh = make_mesh({"data": -1})
         self._batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
         self._arrays = jax.device_put(arrays, NamedSharding(self._mesh, PartitionSpec()))
@@ -471,15 +472,15 @@ class Predictor:
     def _key(self, picture: Picture) -> Hashable:
         try:
             if isinstance(picture, str | os.PathLike):
-                return self._method.key(upright_size(picture, max_pixels=self._max_pixels))
-            height, width = _pixels(picture, self._max_pixels).shape[:2]
+                return self._method.key(upright_size(picture, max_pixels=self.max_pixels))
+            height, width = _pixels(picture, self.max_pixels).shape[:2]
             return self._method.key((height, width))
         except (UnreadableImage, OSError) as error:
             return error
 
     def _row(self, picture: Picture) -> dict[str, np.ndarray] | Exception:
         try:
-            return self._method.prepare(_pixels(picture, self._max_pixels))
+            return self._method.prepare(_pixels(picture, self.max_pixels))
         except (UnreadableImage, OSError) as error:
             return error
 

@@ -38,6 +38,7 @@ def train(
         "num_classes": task.num_classes,
         "class_names": list(task.class_names),
         "preprocessing": task.preprocessing,
+        "best_metric": task.best_metric,
     }
     checkpoint_bytes, best = report.total_bytes(trainer.abstract), task.best_metric
     with open_run(

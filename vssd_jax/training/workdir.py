@@ -79,7 +79,7 @@ def _lock(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _is_default(key: str, value: Any) -> bool:
-    return key == "preprocessing" or not value or value == base_config().get(key)
+    return key in ("preprocessing", "best_metric") or not value or value == base_config().get(key)
 
 
 def _note_config(path: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,14 +36,24 @@ Layout = dict[str, list[tuple[str, tuple[int, ...]]]]
 # --- Reading ------------------------------------------------------------------------------------
 
 
-def read_ema(workdir: str | os.PathLike) -> tuple[dict[str, np.ndarray], int]:
-    """The averaged weights of the latest complete checkpoint, and its step.
+def read_ema(
+    workdir: str | os.PathLike, score: Callable[[int], float] | None = None
+) -> tuple[dict[str, np.ndarray], int]:
+    """The averaged weights of a complete checkpoint, and its step.
+
+    Args:
+      workdir: of the run.
+      score: of a step; the checkpoint with the highest is taken, the latest of equals. None takes
+        the latest.
 
     Raises:
       UserError: there is no checkpoint yet.
     """
     root = pathlib.Path(workdir).absolute() / FOLDER
-    for step in reversed(_steps(root)):
+    steps = _steps(root)
+    if score is not None:
+        steps = sorted(steps, key=score)  # equals stay in their order
+    for step in reversed(steps):
         folder = root / str(step)
         problem = _problem(folder)
         if problem == "damaged":

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -45,6 +46,7 @@ def load(
         workdir of a training run, whose averaged weights at the latest checkpoint are taken.
       model: the name that the weights must have; None recognises it from the tensors.
       which: "model", "ema" or another entry of a `.pth` file; None is the EMA where it has one.
+        "best" of a workdir is the checkpoint with the best metric; None is the latest.
       overrides: fields of the model's config; needed for what shapes do not show, such as
         the kind of scan.
       backbone: take a classifier's weights too, if it is the backbone of `model`.
@@ -66,7 +68,11 @@ def load(
         if path.is_dir():
             # What else of a repository was downloaded lies in the same folder of the cache.
             is_workdir = not on_hub and _is_workdir(path)
-            weights = _read_workdir(path) if is_workdir else read_folder(path)
+            if is_workdir:
+                weights = _read_workdir(path, best=which == "best")
+                which = None if which == "best" else which
+            else:
+                weights = read_folder(path)
             if backbone and model is not None and _starts_backbone(weights.model, model):
                 model, overrides = _classifier_of(model, overrides)
             _check_agreement(weights, model, overrides)
@@ -86,7 +92,7 @@ def load(
                 model, overrides = _classifier_of(model, overrides)
             weights = _from_torch(tensors, model, overrides, provenance)
         if which is not None:
-            raise UserError(f"there is no choice of {which!r}: only .pth files hold two models")
+            raise UserError(f"there is no choice of {which!r}: only .pth files hold several models")
         if not allow_nonfinite:
             check_finite(weights.params)
     except UserError as error:
@@ -120,11 +126,16 @@ def _is_workdir(path: Path) -> bool:
     return (path / "checkpoints").is_dir()
 
 
-def _read_workdir(path: Path) -> Weights:
+def _read_workdir(path: Path, *, best: bool = False) -> Weights:
     from vssd_jax.weights.checkpoint import read_ema  # Orbax: a second of imports
 
     config = json.loads((path / "config.json").read_text())
-    params, step = read_ema(path)
+
+    def score(step: int) -> float:
+        value = _metrics(path, step).get(config.get("best_metric", ""))
+        return -math.inf if value is None else value
+
+    params, step = read_ema(path, score if best else None)
     return Weights(
         model=config["model"],
         num_classes=config["num_classes"],
