@@ -5,9 +5,10 @@
     python train.py --config configs/finetune.py:segmentation,micro --config.data_dir=maps \\
         --config.class_names=background,cat,dog
 
-The argument is `{classification,detection,segmentation},{micro,tiny,small,base}`. It starts from
-the authors' ImageNet weights, which the first run downloads; `--config.init_from=weights/vssd_tiny`
-takes others, a detector's or segmentor's too. docs/your_own_pictures.md has the layouts of
+The argument is `{classification,detection,segmentation},{nano,micro,tiny,small,base}`. It starts
+from the authors' ImageNet weights, which the first run downloads; `--config.init_from=weights/mine`
+takes others, a detector's or segmentor's too. `nano` is a stand-in for trying a recipe on a CPU:
+it starts from nothing, and sees small pictures. docs/your_own_pictures.md has the layouts of
 `data_dir`, and what to change for few pictures, rare classes and little memory.
 
 For a batch of 32 on one GPU; `learning_rate` scales with `batch_size`. Layers near the input learn
@@ -32,14 +33,15 @@ WEIGHTS = {
 def get_config(arg="classification,tiny"):
     task, _, variant = arg.partition(",")
     variant = variant or "tiny"
-    known = task in TASKS and variant in WEIGHTS
+    known = task in TASKS and variant in ("nano", *WEIGHTS)
     if not known or (variant == "base" and task != "classification"):
         raise ValueError(
-            f"unknown argument {arg!r}: {{{','.join(TASKS)}}},{{{','.join(WEIGHTS)}}}; base only "
-            "for classification"
+            f"unknown argument {arg!r}: {{{','.join(TASKS)}}},{{nano,{','.join(WEIGHTS)}}}; "
+            "base only for classification"
         )
     config = TASKS[task]()
-    config.init_from = f"hf://YuhengSSS/VSSD/{WEIGHTS[variant]}"
+    if variant != "nano":
+        config.init_from = f"hf://YuhengSSS/VSSD/{WEIGHTS[variant]}"
     config.batch_size = 32
     config.eval_batch_size = 32
     config.learning_rate_batch = 32
@@ -69,5 +71,28 @@ def get_config(arg="classification,tiny"):
         config.batch_size = config.eval_batch_size = config.learning_rate_batch = 8
         config.epochs = 60
         config.learning_rate = 1e-4
-        config.no_decay = "norms"
+    if variant == "nano":
+        _shrink(config)
     return config
+
+
+def _shrink(config):
+    """For the nano models, from nothing."""
+    config.learning_rate = 2e-3
+    config.layer_decay = 1.0
+    config.warmup_epochs = 2.0
+    config.clip_grad_norm = 5.0
+    if config.task == "classification":
+        config.image_size = 64
+        config.model_options = {"drop_path": 0.1}
+    elif config.task == "detection":
+        config.model_options = {"box_channels": 128, "roi_samples": 32, "rpn_pre_nms_train": 200}
+        config.image_shape = (128, 160)
+        config.short_sides, config.long_side = (128,), 160
+        config.padded_shapes = ((128, 160), (160, 128))
+        config.learning_rate = 1e-3
+    else:
+        config.image_size = 64
+        config.image_shape = (64, 64)
+        config.short_side, config.long_side = 64, 128
+        config.scales = (0.8, 1.25)
