@@ -55,6 +55,8 @@ class LabelMaps:
         max_pixels: int = MAX_PIXELS,
         problems: str = "",
     ):
+        if len(class_names) > IGNORE:
+            raise UserError(f"{len(class_names)} classes are more than label maps have: {IGNORE}")
         # Arrays of bytes: a worker process gets and holds them as one piece.
         self._images, self._labels, self._names = (
             np.array([os.fsencode(path) for path in paths]) for paths in (images, labels, names)

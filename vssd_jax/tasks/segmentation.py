@@ -85,7 +85,8 @@ class Segmentation(BaseTask[SegmentationSource]):
         self._check_splits()
         for split in ("train", "val"):
             _check_labels(self.source(split), f"{split} label maps of {config.data_dir}")
-        return _checked(self._train_batches(self.decoded("train"), transform, start_step))
+        numbers = _numbers(self.source("train"))
+        return _checked(numbers, self._train_batches(self.decoded("train"), transform, start_step))
 
     def class_counts(self) -> np.ndarray:
         """(pictures, classes) numbers of pixels in the training label maps, all of which it reads.
@@ -235,13 +236,18 @@ class Segmentation(BaseTask[SegmentationSource]):
             )
 
 
-def _checked(batches: Iterator[Batch]) -> Iterator[Batch]:
+def _numbers(source: SegmentationSource) -> str:
+    """What the numbers of the label maps mean."""
+    if getattr(source, "reduce_zero_label", True):
+        return "label 0 is no class and ignored, 1 is the first class"
+    return "label 0 is the first class (config.reduce_zero_label=False)"
+
+
+def _checked(numbers: str, batches: Iterator[Batch]) -> Iterator[Batch]:
     """Raises a UserError if nothing is to be learned from the first batch."""
     first = next(batches)
     if (first["label"] == IGNORE).all():
-        raise UserError(
-            "every pixel of the first batch is ignored: label 0 is no class, and 1 is the first"
-        )
+        raise UserError(f"every pixel of the first batch is ignored: {numbers}")
     yield first
     yield from batches
 
@@ -260,11 +266,9 @@ def _check_labels(source: SegmentationSource, what: str) -> None:
         if len(classes) > 1:
             return
     if not classes:
-        raise UserError(
-            f"every pixel of the {what} is ignored: label 0 is no class, and 1 is the first"
-        )
+        raise UserError(f"every pixel of the {what} is ignored: {_numbers(source)}")
     raise UserError(
         f"all pixels of the {what} that count are of one class, "
-        f"{source.class_names[classes.pop()]!r}: there is nothing to tell apart. Label 0 is no "
-        "class and ignored, 1 is the first class, 2 the second"
+        f"{source.class_names[classes.pop()]!r}: there is nothing to tell apart; "
+        f"{_numbers(source)}"
     )
