@@ -42,7 +42,7 @@ def run(workdir: pathlib.Path, data: pathlib.Path, *options: str) -> float:
         "--config.augmentation.randaugment_num_ops=1", "--config.augmentation.crop_area=(0.6, 1.0)",
         "--config.augmentation.erase_probability=0.0", "--config.patience=0", *options,
     )  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return next(line["val/top1"] for line in reversed(lines) if "val/top1" in line)
 

@@ -59,7 +59,13 @@ def get_config(arg="classification,tiny"):
         config.dataset = "folder"
         config.epochs = 30
         config.learning_rate = 2e-4
-        config.augmentation = {"crop_area": (0.3, 1.0), "randaugment_magnitude": 7.0}
+        config.augmentation = {
+            "crop_area": (0.3, 1.0),
+            "flip_probability": 0.5,
+            "randaugment_num_ops": 2,
+            "randaugment_magnitude": 7.0,
+            "erase_probability": 0.25,
+        }
     elif task == "detection":
         config.model = f"mask_rcnn_vssd_{variant}"
         config.batch_size = config.eval_batch_size = config.learning_rate_batch = 4
@@ -82,6 +88,7 @@ def _shrink(config):
     config.layer_decay = 1.0
     config.warmup_epochs = 2.0
     config.clip_grad_norm = 5.0
+    config.eval_every_epochs = 3
     if config.task == "classification":
         config.image_size = 64
         config.model_options = {"drop_path": 0.1}
@@ -91,7 +98,9 @@ def _shrink(config):
         config.short_sides, config.long_side = (128,), 160
         config.padded_shapes = ((128, 160), (160, 128))
         config.learning_rate = 1e-3
+        config.epochs = 15
     else:
+        config.model_options = {"dropout": 0.0, "aux_weight": 1.0}
         config.image_size = 64
         config.image_shape = (64, 64)
         config.short_side, config.long_side = 64, 128
