@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -169,3 +171,10 @@ def test_a_circle_is_found(tmp_path):
         },
     )
     assert circles(tmp_path) == ["models.a -> models.b -> models.c -> models.a"]
+
+
+def test_workers_of_the_pipeline_do_without_jax():
+    names = [f"vssd_jax.{name}" for name in modules(ROOT / "vssd_jax") if name.startswith("data")]
+    needs = {"vssd_jax.data.pipeline"}  # by Grain
+    program = f"import sys, {', '.join(sorted(set(names) - needs))}; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -207,6 +207,27 @@ def test_region_losses(golden, maps):
     for name, theirs in (("cls", "cls"), ("box", "bbox"), ("mask", "mask")):
         np.testing.assert_allclose(losses[f"roi_{name}"], golden[f"roi_loss_{theirs}"], rtol=1e-4)
 
+    def changed(**fields):
+        got = run(
+            model, MaskRCNN.roi_losses, maps, proposals, batch | fields, jax.random.key(0)
+        )
+        return {name: float(value / losses[name]) for name, value in got.items()}
+
+    # Objects without a mask train everything but the masks.
+    every = np.ones_like(batch["valid"])
+    assert changed(has_mask=every) == pytest.approx(dict.fromkeys(losses, 1), rel=1e-5)
+    none = changed(has_mask=~every)
+    assert none == pytest.approx({"roi_cls": 1, "roi_box": 1, "roi_mask": 0}, rel=1e-5)
+    # The mean over those with a mask: of one image's and the other's, by the number of regions.
+    one, other = (
+        changed(has_mask=every & (np.arange(2) == i)[:, None])["roi_mask"] for i in (0, 1)
+    )
+    assert min(one, other) < 1 < max(one, other)
+    weights = np.full(model.num_classes, 3, np.float32)
+    heavy = changed(class_weights=weights)
+    assert 1 < heavy["roi_cls"] < 3  # the background weighs 1
+    assert heavy["roi_box"] == pytest.approx(1, rel=1e-5)
+
 
 @pytest.mark.slow
 def test_training_loss_has_finite_gradients_also_without_objects(model, images, golden):

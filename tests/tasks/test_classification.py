@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from configs.digits import get_config
 from vssd_jax.errors import UserError
-from vssd_jax.tasks.classification import Classification, label_rank
+from vssd_jax.tasks.classification import Classification, label_rank, soft_cross_entropy
 
 # 20 classes; picture i is of class i, and its logits decide whether it is top-1, top-5 or neither.
 LOGITS = np.zeros((8, 20), np.float32)
@@ -70,3 +71,33 @@ def test_too_many_unreadable_pictures_end_the_run():
     assert evaluate(task, [1, 1, 0, 0, 0, 0, 0, 0], valid)["val/unreadable"] == 0.25
     with pytest.raises(UserError, match=r"37.5% of the pictures for evaluation of data"):
         evaluate(task, [1, 1, 1, 0, 0, 0, 0, 0], valid)
+
+
+def test_weights_of_classes_are_torchs():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((6, 4)).astype(np.float32)
+    targets = rng.dirichlet(np.ones(4), 6).astype(np.float32)
+    weights = rng.uniform(0.2, 5, 4).astype(np.float32)
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(logits), torch.tensor(targets), weight=torch.tensor(weights)
+    )
+    got = soft_cross_entropy(jnp.asarray(logits), jnp.asarray(targets), weights)
+    assert float(got) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("balanced", [20 / 24, 20 / 6, 20 / 30]), ("1, 2,0.5", [1, 2, 0.5]), (None, None)],
+)
+def test_weights_come_from_the_config(given, expected, monkeypatch):
+    config = get_config()
+    config.class_weights, config.num_classes = given, 3
+    task = Classification(config)
+    labels = np.repeat(np.arange(3), (8, 2, 10))
+    monkeypatch.setattr(task, "class_counts", lambda: np.eye(3)[labels])
+    weights = task.class_weights
+    assert weights is None if expected is None else weights == pytest.approx(expected)
+    if given == "1, 2,0.5":
+        config.num_classes = 4
+        with pytest.raises(UserError, match="class_weights has 3 numbers for 4 classes"):
+            _ = Classification(config).class_weights

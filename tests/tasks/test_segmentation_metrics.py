@@ -136,6 +136,20 @@ def test_loss_is_mmsegmentations():
     assert float(got["auxiliary"]) == pytest.approx(parts[1], rel=1e-5)
 
 
+def test_weights_of_classes_are_torchs():
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((2, 9, 7, CLASSES)).astype(np.float32)
+    weights = rng.uniform(0.2, 5, CLASSES).astype(np.float32)
+    labels = random_labels((2, 9, 7))[1]
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(logits).permute(0, 3, 1, 2),
+        torch.tensor(labels.astype(np.int64)),
+        weight=torch.tensor(weights), ignore_index=255, reduction="none",
+    ).mean()  # fmt: skip
+    got = metrics.pixel_cross_entropy(jnp.asarray(logits), jnp.asarray(labels), weights)
+    assert float(got) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_multi_scale_is_the_mean_of_separate_softmax_maps():
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((3, CLASSES)).astype(np.float32)

@@ -32,6 +32,16 @@ def set_aside(
     return chosen
 
 
+def say_set_aside(where: object, chosen: np.ndarray, share: float) -> None:
+    """Says how many samples `set_aside` has chosen."""
+    from vssd_jax.distributed import say  # it needs jax, and workers import what imports this
+
+    say(
+        f"{where} has no validation part: {chosen.sum()} of {len(chosen)} pictures are set aside "
+        f"(config.validation_share={share})"
+    )
+
+
 def _hash(name: str | bytes, seed: int) -> bytes:
     data = name if isinstance(name, bytes) else name.encode(errors="surrogateescape")
     return hashlib.blake2b(data, key=str(seed).encode()).digest()

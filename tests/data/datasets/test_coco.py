@@ -238,7 +238,7 @@ def test_a_share_is_set_aside_where_there_is_no_validation_part(tmp_path, annota
     train, val = (coco.open_split(config, split) for split in ("train", "val"))
     assert sorted(train.image_ids + val.image_ids) == [1, 2, 3]
     assert len(val) == 1
-    assert "1 of 3 images are set aside" in capfd.readouterr().out
+    assert "1 of 3 pictures are set aside" in capfd.readouterr().out
 
 
 def test_files_are_given_by_fields(tmp_path):

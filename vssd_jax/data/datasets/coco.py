@@ -22,8 +22,7 @@ from vssd_jax import known_classes
 from vssd_jax.data import coco_json
 from vssd_jax.data.coco_json import Problem
 from vssd_jax.data.registry import Dataset
-from vssd_jax.data.splits import set_aside
-from vssd_jax.distributed import say
+from vssd_jax.data.splits import say_set_aside, set_aside
 from vssd_jax.errors import UserError, did_you_mean
 
 _SMALLEST_SIDE = 32  # of an image to train on, in pixels
@@ -257,10 +256,7 @@ def open_split(config: ml_collections.ConfigDict, split: str) -> CocoSource:
     def choose(names: list[str]) -> np.ndarray:
         aside = set_aside(names, config.validation_share, config.seed)
         if split == "val":
-            say(
-                f"{annotations} has no validation part: {aside.sum()} of {len(aside)} images are "
-                f"set aside, config.validation_share={config.validation_share}"
-            )
+            say_set_aside(annotations, aside, config.validation_share)
         return aside if split == "val" else ~aside
 
     return CocoSource(

@@ -13,8 +13,7 @@ import ml_collections
 
 from vssd_jax.data.image_folder import ImageFolder, class_folders
 from vssd_jax.data.registry import Dataset
-from vssd_jax.data.splits import set_aside
-from vssd_jax.distributed import say
+from vssd_jax.data.splits import say_set_aside, set_aside
 from vssd_jax.errors import UserError, did_you_mean
 from vssd_jax.known_classes import parse
 
@@ -56,10 +55,7 @@ def open_split(config: ml_collections.ConfigDict, split: str) -> ImageFolder:
     source = ImageFolder(train, classes, subset=bool(chosen), oriented=True)
     aside = set_aside(source.names, config.validation_share, config.seed, source.labels.tolist())
     if split == "val":
-        say(
-            f"{root} has no validation part: {aside.sum()} of {len(aside)} pictures are set aside, "
-            f"config.validation_share={config.validation_share} of each class"
-        )
+        say_set_aside(root, aside, config.validation_share)
     source.keep(aside if split == "val" else ~aside)
     if not len(source):
         raise UserError(f"{root} has too few pictures to set some aside for validation")

@@ -19,8 +19,7 @@ import ml_collections
 from vssd_jax import known_classes
 from vssd_jax.data.label_maps import LabelMaps, greatest_label, open_folders
 from vssd_jax.data.registry import Dataset
-from vssd_jax.data.splits import set_aside
-from vssd_jax.distributed import say
+from vssd_jax.data.splits import say_set_aside, set_aside
 from vssd_jax.errors import UserError
 
 FIELDS = (
@@ -72,10 +71,7 @@ def open_label_maps(
     if aside:
         chosen = set_aside(source.image_names, config.validation_share, config.seed)
         if split == "val":
-            say(
-                f"{root} has no validation part: {chosen.sum()} of {len(chosen)} pictures are set "
-                f"aside, config.validation_share={config.validation_share}"
-            )
+            say_set_aside(root, chosen, config.validation_share)
         source.keep(chosen if split == "val" else ~chosen)
         if not len(source):
             raise UserError(f"{root} has too few pictures to set some aside for validation")
