@@ -243,7 +243,7 @@ def test_what_is_wrong_with_the_data_is_said(data_dir, tmp_path, capsys):
     for changes, message in (
         ({"dataset": "coc"}, "did you mean 'coco'"),
         ({"data_dir": "/nowhere"}, "there is no folder /nowhere; config.data_dir holds"),
-        ({"data_dir": f"{data_dir}/val2017"}, "cannot read the annotations"),
+        ({"data_dir": f"{data_dir}/val2017"}, "no known layout of COCO's format"),
         ({"bad_annotations": "ignore"}, "must be one of skip, refuse"),
     ):
         wrong = config.copy_and_resolve_references()

@@ -102,7 +102,7 @@ def test_means_are_over_the_finite_steps_with_their_number(tmp_path):
 def test_a_metric_that_does_not_improve_ends_the_run(tmp_path, capsys):
     scores = [0.5, 0.7, 0.7, float("nan"), 0.9]
     plan = dataclasses.replace(PLAN, patience=2, eval_every=1, total=9)
-    config = {"max_nonfinite": 3}
+    config = {"max_nonfinite": 3, "tracker": ""}
 
     def go_on():
         options = {"best_metric": "val/score", "checkpoint_bytes": 0}

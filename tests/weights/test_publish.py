@@ -72,8 +72,14 @@ def test_push_then_load(folder, weights, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert_identical(read_folder(tmp_path / "w").params, weights.params)
-        for name in ("config.json", "model.safetensors"):
-            assert (tmp_path / "w" / name).read_bytes() == (folder / name).read_bytes()
+        name = "model.safetensors"
+        assert (tmp_path / "w" / name).read_bytes() == (folder / name).read_bytes()
+        ours, theirs = (
+            json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / "w")
+        )
+        assert theirs.pop("preprocessing")["image_size"] == 224  # the converter fills it in
+        ours.pop("preprocessing", None)
+        assert ours == theirs
 
 
 def test_a_run_to_a_branch_of_a_private_repository(tmp_path):

@@ -46,7 +46,7 @@ def convert(
         source, model=model, which=which, overrides=overrides, allow_nonfinite=allow_nonfinite
     )
     count, size = len(weights.params), sum(array.size for array in weights.params.values())
-    weights, note = _named(weights, class_names)
+    weights, note = with_names(weights, class_names)
     if reverse:
         write_torch_file(output, to_torch(weights))
     else:
@@ -61,7 +61,9 @@ def convert(
     )
 
 
-def _named(weights: Weights, class_names: Sequence[str] | None) -> tuple[Weights, str]:
+def with_names(
+    weights: Weights, class_names: Sequence[str] | None = None
+) -> tuple[Weights, str]:
     """The weights with names of their classes and their preprocessing, and a note on the names."""
     task, note = family.task_of(weights.model), ""
     preprocessing = preprocessing_of(task, weights.preprocessing)

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from vssd_jax.weights import hub
+from vssd_jax.weights.convert import with_names
 from vssd_jax.weights.folder import ARRAYS, CONFIG, write_folder
 from vssd_jax.weights.load import load
 from vssd_jax.weights.model_card import model_card
@@ -44,10 +45,12 @@ def push(
     hub.check_upload(repo)
     address = hub.Address(repo, revision).uri()
     weights = load(source)
+    note = ""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(source)
         if not all((folder / name).is_file() for name in (ARRAYS, CONFIG)):
             folder = Path(scratch) / "weights"
+            weights, note = with_names(weights)
             write_folder(folder, weights)
         config = json.loads((folder / CONFIG).read_text())
         card = model_card(config, address, license=license)
@@ -58,4 +61,4 @@ def push(
             private=private,
             revision=revision,
         )
-    return f"{weights.model} from {os.fspath(source)} -> {address} ({url})"
+    return f"{weights.model} from {os.fspath(source)} -> {address} ({url}){note}"
