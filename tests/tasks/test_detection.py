@@ -259,12 +259,12 @@ def test_what_is_wrong_with_the_data_is_said(data_dir, tmp_path, capsys):
     annotations.mkdir()
     names = ("instances_train2017.json", "instances_val2017.json")
     train_set, val_set = (json.loads(Path(data_dir, "annotations", n).read_text()) for n in names)
-    train_set["categories"].append({"id": 11, "name": "letter"})
+    val_set["categories"].append({"id": 11, "name": "letter"})
     train_set["annotations"][0]["category_id"] = 77
     for name, dataset in zip(names, (train_set, val_set), strict=True):
         (annotations / name).write_text(json.dumps(dataset))
     config.data_dir = str(tmp_path)
-    with pytest.raises(UserError, match=r"the classes for training of coco .*: 11 and 10 classes"):
+    with pytest.raises(UserError, match="the category 'letter', which is not among those"):
         next(Detection(config).train_batches(0))
     assert "left out of" in (printed := capsys.readouterr().out)
     assert "image 0, annotation 1: unknown category: 77" in printed
