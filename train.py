@@ -1,27 +1,6 @@
-"""Trains a model, or goes on with what lies in the workdir.
+"""Trains a model: `vssd-train` of an installed package."""
 
-python train.py --config configs/digits.py [--workdir runs/digits] [--config.batch_size=64 ...]
-"""
-
-from absl import flags
-
-from vssd_jax import cli
-
-cli.define_config()
-cli.define_processes()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config's name>.")
-
-
-def main() -> None:
-    config = cli.load_config()
-    cli.join_processes()
-    from vssd_jax.host import prepare_cpu
-    from vssd_jax.tasks import make_task
-    from vssd_jax.training.loop import train
-
-    prepare_cpu()
-    train(make_task(config), config, WORKDIR.value or f"runs/{cli.config_name()}")
-
+from vssd_jax.commands.train import run
 
 if __name__ == "__main__":
-    cli.run(main)
+    run()

@@ -3,6 +3,7 @@
 An error that the user can correct is one line on standard error and exit status 2.
 """
 
+import itertools
 import os
 import pathlib
 import re
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags, logging
 
-from vssd_jax.errors import UserError
+from vssd_jax.errors import UserError, did_you_mean, missing_extra
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
 def define_config() -> flags.FlagHolder:
     """The `--config` flag, whose fields `--config.field=value` overrides."""
-    from ml_collections import config_flags
-
+    try:
+        from ml_collections import config_flags
+    except ModuleNotFoundError as error:
+        _fail(missing_extra(error) or str(error))
     return config_flags.DEFINE_config_file(
         "config", None, "Config file, for example configs/digits.py.", lock_config=True
     )
@@ -82,11 +85,12 @@ def _config_path() -> pathlib.Path:
     return pathlib.Path(name.split(":")[0])  # what follows a colon is get_config's argument
 
 
-def run(main: Callable[[], None], *, command: str | None = None) -> None:
+def run(main: Callable[[], None], module: str, *, command: str | None = None) -> None:
     """Parses the flags and calls `main`.
 
     Args:
-      main: what the script does.
+      main: what the command does.
+      module: that defines its flags, for --help.
       command: the word that must stand before or between the flags, if one must.
     """
 
@@ -96,7 +100,10 @@ def run(main: Callable[[], None], *, command: str | None = None) -> None:
         none = [m[1] for a in argv if (m := re.fullmatch(r"--config\.(\w+)=None", a))]
         argv = [a for a in argv if not re.fullmatch(r"--config\.\w+=None", a)]
         argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
+        if {"--help", "-h", "--helpshort"} & set(argv):
+            _help(module)
         try:
+            argv = [_with_config(before, a) for before, a in itertools.pairwise(["", *argv])]
             rest = flags.FLAGS(argv)
         except (flags.Error, UserError) as error:
             _fail(str(error))
@@ -127,6 +134,10 @@ def run(main: Callable[[], None], *, command: str | None = None) -> None:
             return
         except UserError as error:
             message = str(error)
+        except ModuleNotFoundError as error:
+            if (line := missing_extra(error)) is None:
+                raise
+            message = line
         except KeyboardInterrupt:
             sys.stdout.flush()
             os._exit(130)
@@ -145,6 +156,40 @@ def run(main: Callable[[], None], *, command: str | None = None) -> None:
         _fail(message)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _help(module: str) -> NoReturn:
+    """Prints what a command does and its flags."""
+    print((sys.modules[module].__doc__ or "").strip())
+    own = module if module != "__main__" else sys.argv[0]
+    by_module = flags.FLAGS.flags_by_module_dict()
+    for flag in (*by_module.get(own, ()), *by_module.get(__name__, ())):
+        default = "" if flag.default is None else f" (default: {flag.default})"
+        print(f"\n  --{flag.name.replace('_', '-')}: {flag.help}{default}")
+    sys.exit(0)
+
+
+def _with_config(before: str, argument: str) -> str:
+    """An argument with the path in place of a config's name."""
+    if before == "--config":
+        return _find_config(argument)
+    if argument.startswith("--config="):
+        return f"--config={_find_config(argument.removeprefix('--config='))}"
+    return argument
+
+
+def _find_config(name: str) -> str:
+    """The path of a config that is given by its name alone, such as `digits` or `tiny:mesa`."""
+    stem, colon, argument = name.partition(":")
+    if not re.fullmatch(r"\w+", stem) or pathlib.Path(stem).exists():
+        return name
+    package = pathlib.Path(__file__).parent
+    # Part of an installed package; beside it in a checkout.
+    for folder in (package / "configs", package.parent / "configs"):
+        if (path := folder / f"{stem}.py").is_file():
+            return f"{path}{colon}{argument}"
+    names = sorted(p.stem for f in ("configs", "../configs") for p in (package / f).glob("*.py"))
+    raise UserError(f"there is no config {stem!r}{did_you_mean(stem, names)}")
 
 
 def _clear(name: str) -> None:

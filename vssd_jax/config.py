@@ -2,32 +2,69 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
-
-import ml_collections
+from typing import TYPE_CHECKING, Any
 
 from vssd_jax.errors import UserError, did_you_mean
 
+# Only where a config is made: a prediction does without this package.
+if TYPE_CHECKING:
+    import ml_collections
 
-def base_config() -> ml_collections.ConfigDict:
+
+# The fields that say, with mean and deviation, how a picture becomes a model's input, by task.
+PREPROCESSING: dict[str, dict[str, Any]] = {
+    "classification": {
+        "image_size": 224,
+        "eval_crop": 0.875,  # the square that counts in evaluation, of the shorter side
+    },
+    "detection": {
+        # Short sides, of which training takes one at random and evaluation the greatest.
+        "short_sides": (800,),
+        "long_side": 1333,
+        # The sizes (H, W) that images are padded to, a landscape and a portrait one, or one alone.
+        "padded_shapes": ((800, 1344), (1344, 800)),
+        # Evaluate with padding to multiples of 32, as the authors do, one image at a time.
+        "exact_padding": False,
+    },
+    "segmentation": {
+        # Images are scaled to fit these sides; for training times a factor drawn from `scales`.
+        "short_side": 512,
+        "long_side": 2048,
+        # In evaluation, sides are multiples of it: few shapes to compile for. 1 keeps every
+        # image's proportions exactly, as the authors do, and compiles for far more shapes.
+        "size_multiple": 32,
+    },
+}
+
+
+def _optional(kind: type) -> Any:
+    """A field of this type that is None at first."""
+    from ml_collections import config_dict
+
+    return config_dict.placeholder(kind)
+
+
+def base_config() -> "ml_collections.ConfigDict":
     """A config for `train.py`; a field that is None is left to the task or to the device."""
+    import ml_collections
+
     config = ml_collections.ConfigDict()
     config.task = "classification"
     config.seed = 0
 
     config.model = "vssd_tiny"
     config.model_options = {}  # overrides of the model's config, see create_model
-    config.num_classes = ml_collections.config_dict.placeholder(int)  # None: the dataset's
+    config.num_classes = _optional(int)  # None: the dataset's
     config.dtype = "float32"  # of the activations; "bfloat16" on GPUs
-    config.implementation = ml_collections.config_dict.placeholder(str)  # xla, pallas, triton
+    config.implementation = _optional(str)  # xla, pallas, triton
     config.remat = False  # recompute blocks in the backward pass: less memory, more time
-    config.init_from = ml_collections.config_dict.placeholder(str)  # weights to start from
+    config.init_from = _optional(str)  # weights to start from
 
     config.dataset = "imagenet2012"
     config.data_dir = "data"
     # Names, separated by commas, or a text file with a name a line. Folders and categories are
     # chosen and ordered by them; label maps have numbers, which they name. None: the dataset's.
-    config.class_names = ml_collections.config_dict.placeholder(str)
+    config.class_names = _optional(str)
     config.validation_share = 0.2  # of the samples, set aside where there is no validation part
     config.image_size = 224
     config.num_workers = 0  # processes that prepare batches; 0 uses threads
@@ -38,16 +75,16 @@ def base_config() -> ml_collections.ConfigDict:
     config.eval_batch_size = 1024
     config.accumulate = 1  # micro-batches of a step
     config.epochs = 300
-    config.steps = ml_collections.config_dict.placeholder(int)  # instead of epochs
+    config.steps = _optional(int)  # instead of epochs
 
     config.learning_rate = 5e-4
     # The batch for which the rates hold; they scale with batch_size. None: no scaling.
-    config.learning_rate_batch = ml_collections.config_dict.placeholder(int)
+    config.learning_rate_batch = _optional(int)
     config.schedule = "cosine"  # or "linear", "steps"
     config.min_learning_rate = 0.0
     config.warmup_learning_rate = 0.0
     config.warmup_epochs = 0.0
-    config.warmup_steps = ml_collections.config_dict.placeholder(int)  # instead of epochs
+    config.warmup_steps = _optional(int)  # instead of epochs
     config.decay_epochs = ()  # of schedule "steps": a tenth after each
     config.betas = (0.9, 0.999)  # of AdamW
     config.epsilon = 1e-8
@@ -63,7 +100,7 @@ def base_config() -> ml_collections.ConfigDict:
     config.linear_probe = False  # train the classifier alone, or a head without its backbone
     config.patience = 0  # evaluations without a better metric that end the run; 0: none do
     # "balanced", or numbers separated by commas, one for each class: of the loss.
-    config.class_weights = ml_collections.config_dict.placeholder(str)
+    config.class_weights = _optional(str)
     config.balanced_sampling = False  # draw samples of rare classes more often
 
     # Devices per axis; -1: all that are left. Each has its share of the batch; over "fsdp" the
@@ -72,16 +109,16 @@ def base_config() -> ml_collections.ConfigDict:
     config.profile_steps = ""  # "10:15" writes a trace of these steps to <workdir>/profile
     config.eval_every_epochs = 1
     # Checkpoints between the evaluations, each of which makes one.
-    config.save_every_steps = ml_collections.config_dict.placeholder(int)
+    config.save_every_steps = _optional(int)
     config.log_every_steps = 50
     config.tracker = ""  # the metrics also go to "wandb", "mlflow" or "trackio"
     return config
 
 
-def classification_config() -> ml_collections.ConfigDict:
+def classification_config() -> "ml_collections.ConfigDict":
     """The base config with the fields of classification."""
     config = base_config()
-    config.eval_crop = 0.875  # the square that counts in evaluation, of the shorter side
+    config.update(PREPROCESSING["classification"])
     config.label_smoothing = 0.1
     config.mixup_alpha = 0.0
     config.cutmix_alpha = 0.0
@@ -90,36 +127,31 @@ def classification_config() -> ml_collections.ConfigDict:
     config.mesa = 0.0  # weight of the distance to the averaged model; 0: none
     config.mesa_start_epoch = 0
     # A folder for decoded training pictures, where the processors cannot keep up.
-    config.cache_decoded = ml_collections.config_dict.placeholder(str)
+    config.cache_decoded = _optional(str)
     return config
 
 
-def segmentation_config() -> ml_collections.ConfigDict:
+def segmentation_config() -> "ml_collections.ConfigDict":
     """The base config with the fields of segmentation, with the numbers of ADE20K."""
     config = base_config()
     config.task = "segmentation"
+    config.update(PREPROCESSING["segmentation"])
     config.dataset = "ade20k"
     # Where the pictures and label maps are, in `data_dir` or anywhere else; None: where the layout
     # has them.
     for name in ("train_images", "train_labels", "val_images", "val_labels"):
-        config[name] = ml_collections.config_dict.placeholder(str)
+        config[name] = _optional(str)
     # What the names of the files end with, before the ending: "_leftImg8bit". None: recognised.
-    config.image_suffix = ml_collections.config_dict.placeholder(str)
-    config.label_suffix = ml_collections.config_dict.placeholder(str)
+    config.image_suffix = _optional(str)
+    config.label_suffix = _optional(str)
     # Whether label 0 is no class but ignored, and 1 the first class. None: as the dataset has it.
-    config.reduce_zero_label = ml_collections.config_dict.placeholder(bool)
+    config.reduce_zero_label = _optional(bool)
     config.ignore_label = 255  # of the label maps: pixels that do not count
     config.image_shape = (512, 2048)  # multiply-adds and throughput are given for it
     config.image_size = 512  # side of the crops for training
-    # Images are scaled to fit these sides; for training times a factor drawn from `scales`.
-    config.short_side = 512
-    config.long_side = 2048
     config.scales = (0.5, 2.0)
     config.max_class_share = 0.75  # of a crop
     config.flip = 0.5
-    # In evaluation, sides are multiples of it: few shapes to compile for. 1 keeps every
-    # image's proportions exactly, as the authors do, and compiles for far more shapes.
-    config.size_multiple = 32
     config.tta_ratios = (0.75, 1.0, 1.25)  # of `--tta`
     config.schedule = "linear"
     config.no_decay = "norms"
@@ -128,28 +160,22 @@ def segmentation_config() -> ml_collections.ConfigDict:
     return config
 
 
-def detection_config() -> ml_collections.ConfigDict:
+def detection_config() -> "ml_collections.ConfigDict":
     """The base config with the fields of detection, with the numbers of COCO."""
     config = base_config()
     config.task = "detection"
+    config.update(PREPROCESSING["detection"])
     config.dataset = "coco"
     # Where the pictures and COCO's JSON files are, in `data_dir` or anywhere else; None: where the
     # layout has them.
     for name in ("train_images", "train_annotations", "val_images", "val_annotations"):
-        config[name] = ml_collections.config_dict.placeholder(str)
+        config[name] = _optional(str)
     config.image_shape = (800, 1280)  # multiply-adds and throughput are given for it
-    # Short sides, of which training takes one at random and evaluation the greatest.
-    config.short_sides = (800,)
-    config.long_side = 1333
-    # The sizes (H, W) that images are padded to, a landscape and a portrait one, or one alone.
-    config.padded_shapes = ((800, 1344), (1344, 800))
     config.crop = False  # of half of the images, as the 3x schedule does
     config.flip = 0.5
     config.max_objects = 100  # of an image in training
     config.bad_annotations = "skip"  # or "refuse"
     config.filter_empty = True  # leave images without objects out of training
-    # Evaluate with padding to multiples of 32, as the authors do, one image at a time.
-    config.exact_padding = False
     config.max_pictures = 200  # that --save-predictions draws, the first ones
     config.schedule = "steps"
     config.no_decay = "norms"
@@ -158,7 +184,7 @@ def detection_config() -> ml_collections.ConfigDict:
     return config
 
 
-def imagenet_config() -> ml_collections.ConfigDict:
+def imagenet_config() -> "ml_collections.ConfigDict":
     """The paper's recipe for ImageNet-1K; the variants differ in batch, rates and MESA."""
     config = classification_config()
     config.dataset = "imagenet2012"
@@ -201,18 +227,15 @@ def imagenet_config() -> ml_collections.ConfigDict:
 PATHS = tuple(
     f"{split}_{part}" for split in ("train", "val") for part in ("images", "labels", "annotations")
 )
-# The fields that say, with mean and deviation, how a picture becomes a model's input.
-PREPROCESSING = {
-    "classification": ("image_size", "eval_crop"),
-    "detection": ("short_sides", "long_side", "padded_shapes", "exact_padding"),
-    "segmentation": ("short_side", "long_side", "size_multiple"),
-}
 # Those that some datasets read and others do not: to set them for the others is a mistake.
 DATASET_FIELDS = ("class_names", *PATHS, "image_suffix", "label_suffix", "reduce_zero_label")
-_DICT = (Mapping, ml_collections.ConfigDict)
 _LARGEST = 2**31 - 1  # of whole numbers: steps are counted in int32
 _LARGEST_SIDE = 16384  # of pictures, in pixels
 _LARGEST_FLOAT = 1e30  # the state is float32
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) or hasattr(value, "to_dict")  # a ConfigDict
 
 
 def _number(value: Any) -> bool:
@@ -261,7 +284,7 @@ def _one_of(*choices: str) -> tuple[str, Callable[[Any], bool]]:
 
 
 def _mesh(value: Any) -> bool:
-    if not isinstance(value, _DICT):
+    if not _is_dict(value):
         return False
     sizes = list(value.values())
     return sizes.count(-1) <= 1 and all(size == -1 or _count(size) for size in sizes)
@@ -353,7 +376,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "eval_crop": ("from 0.1 to 1", lambda v: _share(v) and v >= 0.1),
     "ignore_label": ("a whole number from 0 to 255", lambda v: _whole(v) and 0 <= v <= 255),
     **dict.fromkeys(
-        ("model_options", "augmentation"), ("a dict of fields", lambda v: isinstance(v, _DICT))
+        ("model_options", "augmentation"), ("a dict of fields", lambda v: _is_dict(v))
     ),
     "mesh": ("a size of at least 1 for each axis, of which one may be -1", _mesh),
     "profile_steps": ("a text", lambda value: isinstance(value, str)),
@@ -394,8 +417,7 @@ def preprocessing_of(task: str, given: Mapping[str, Any] | None = None) -> dict[
     Raises:
       UserError: a value that cannot be used, or an unknown field.
     """
-    defaults = _MAKERS[task]()
-    values = {field: defaults[field] for field in PREPROCESSING[task]}
+    values = dict(PREPROCESSING[task])
     values |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # ImageNet's
     values |= {"detection": {"boxes_only": False}, "segmentation": {"reduce_zero_label": True}}.get(
         task, {}
@@ -427,7 +449,7 @@ _MAKERS = {
 }
 
 
-def add_missing(config: ml_collections.ConfigDict) -> None:
+def add_missing(config: "ml_collections.ConfigDict") -> None:
     """Gives the fields that a config of an earlier version lacks their defaults."""
     defaults = _MAKERS.get(config.get("task"), base_config)()
     with config.unlocked():
@@ -436,7 +458,7 @@ def add_missing(config: ml_collections.ConfigDict) -> None:
                 config[name] = defaults[name]
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: "ml_collections.ConfigDict") -> None:
     """Raises a UserError for the first field whose value cannot be used."""
     _check(config, _ALLOWED, "config")
     augmentation = config.get("augmentation", {})
@@ -448,7 +470,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def _check(
-    fields: Mapping[str, Any] | ml_collections.ConfigDict,
+    fields: Mapping[str, Any],
     rules: dict[str, tuple[str, Callable[[Any], bool]]],
     prefix: str,
 ) -> None:
@@ -466,6 +488,6 @@ def _check(
             raise UserError(f"{prefix}.{name}={shown[:200]} must be {words}{optional}")
 
 
-def total_steps(config: ml_collections.ConfigDict, steps_per_epoch: int) -> int:
+def total_steps(config: "ml_collections.ConfigDict", steps_per_epoch: int) -> int:
     """Of the whole run: `config.steps`, or `config.epochs` in steps."""
     return config.epochs * steps_per_epoch if config.steps is None else config.steps

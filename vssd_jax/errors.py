@@ -11,6 +11,31 @@ class UserError(ValueError):
     """
 
 
+# Modules that the package itself does not need -> the extra that brings them.
+EXTRAS = {
+    **dict.fromkeys(
+        (
+            "array_record", "grain", "matplotlib", "ml_collections", "sklearn", "tensorboardX",
+            "tensorflow_datasets",
+        ),
+        "train",
+    ),
+    "tensorflow": "imagenet",
+    "jax_triton": "cuda12",
+    "jax2onnx": "onnx",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+}  # fmt: skip
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """What to install, in a line, if a module of one of the extras is missing; else None."""
+    name = (error.name or "").partition(".")[0]
+    if name not in EXTRAS:
+        return None
+    return f"this needs the package {name}: pip install 'vssd_jax[{EXTRAS[name]}]'"
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A hint for an error message: the nearest of `choices`, or all of them."""
     choices = list(choices)

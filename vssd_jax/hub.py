@@ -38,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, command="push")
+    cli.run(main, "__main__", command="push")

@@ -11,12 +11,12 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import ml_collections
-
 from vssd_jax.config import add_missing, check
 from vssd_jax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    import ml_collections
+
     from vssd_jax.tasks.protocol import Task
 
 # The module of the same name has the class.
@@ -46,7 +46,7 @@ def register(name: str, make: "Callable[..., Task]") -> None:
 
 
 def make_task(
-    config: ml_collections.ConfigDict,
+    config: "ml_collections.ConfigDict",
     *,
     tta: bool = False,
     save_predictions: str | os.PathLike | None = None,

@@ -8,7 +8,6 @@ import pathlib
 from typing import Any
 
 import ml_collections
-import tensorflow_datasets as tfds
 
 from vssd_jax.data.image_folder import ImageFolder, class_folders
 from vssd_jax.data.registry import Dataset
@@ -29,6 +28,8 @@ class TfdsImageNet:
     """
 
     def __init__(self, data_dir: str | os.PathLike, split: str):
+        import tensorflow_datasets as tfds  # slow; folders do without
+
         folder = prepared_folder(data_dir)
         if folder is None:
             raise UserError(

@@ -1,0 +1,1 @@
+"""The commands: flags, one call into the library, one line for a user's error."""
