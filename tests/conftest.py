@@ -15,6 +15,7 @@ from jaxtyping import install_import_hook
 import tests.shapes  # noqa: F401 - the import hook takes it by name
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VSSD_JAX_CACHE"] = ""  # no test writes to the user's folders
 if "PYTEST_XDIST_WORKER" not in os.environ:
     # Runs that resume or repeat compile once; workers and subprocesses share the folder.
     _CACHE = tempfile.TemporaryDirectory(prefix="vssd-jax-compiled-")

@@ -334,15 +334,21 @@ def test_weights_say_what_they_lack(classifier, tmp_path, capsys):
 def test_the_command(classifier, tmp_path):
     _, root = classifier
 
+    cache = tmp_path / "cache"
+    environment = os.environ | {"VSSD_JAX_CACHE": str(cache)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+
     def run(*args):
         return subprocess.run(
-            [sys.executable, "predict.py", *args], cwd=ROOT, text=True, capture_output=True
-        )
+            [sys.executable, "predict.py", *args],
+            cwd=ROOT, env=environment, text=True, capture_output=True,
+        )  # fmt: skip
 
     given = ("--weights", root / "weights", "--input", root / "data", "--output", tmp_path / "o")
     done = run(*given, "--top=1", "--batch-size=4")
     assert done.returncode == 0, done.stderr
     assert "21 pictures predicted" in done.stdout
+    assert any("forward" in path.name for path in cache.rglob("*-cache"))
     for wrong, message in (
         (given, "--skip-existing goes on with it"),
         (given[:4], "--weights, --input and --output are needed"),

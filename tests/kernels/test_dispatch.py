@@ -219,3 +219,66 @@ def test_automatic_gradients_are_those_of_the_operations_own():
                 )
                 _, slope = jax.jvp(loss, (x,), (jnp.ones_like(x),))
             np.testing.assert_allclose(slope, own.sum(), rtol=1e-4, atol=1e-3, err_msg=name)
+
+
+# Outside of a trace
+
+
+def compiled_programs(call):
+    """How many programs a call compiles, and its result."""
+    count = []
+
+    def listen(event, *_, **__):
+        count.extend([event] * event.endswith("backend_compile_duration"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        return call(), len(count)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_an_operation_is_one_program_outside_of_a_trace():
+    arrays, options = examples.arguments("mlp", jnp.float32)
+    x = jnp.concatenate([arrays.pop("x")] * 3)  # of a shape that no other test has
+    options["branch_scale"] = None
+
+    def call(x):
+        return mlp.mlp(x, **arrays, **options)
+
+    eager, count = compiled_programs(lambda: call(x))
+    assert count == 1
+    again, count = compiled_programs(lambda: call(x + 0))
+    assert count <= 1  # the sum
+    np.testing.assert_array_equal(eager, again)
+    np.testing.assert_allclose(eager, jax.jit(call)(x), rtol=1e-6, atol=1e-6)
+    with jax.disable_jit():
+        np.testing.assert_allclose(call(x), eager, rtol=1e-5, atol=1e-6)
+
+
+def test_a_unit_is_differentiated_mapped_and_traced_as_its_function():
+    @dispatch.unit
+    def cube(x, *, factor):
+        return factor * x**3
+
+    def call(x):
+        return cube(x, factor=2.0)
+
+    x = jnp.arange(3.0)
+    assert call(1.0) == 2
+    np.testing.assert_array_equal(jax.grad(lambda x: call(x).sum())(x), 6 * x**2)
+    np.testing.assert_array_equal(jax.jvp(call, (x,), (x,))[1], 6 * x**3)
+    np.testing.assert_array_equal(jax.vmap(call)(x), 2 * x**3)
+    np.testing.assert_array_equal(jax.jit(call)(x), 2 * x**3)
+    assert "jit" not in str(jax.make_jaxpr(call)(x))
+    assert not dispatch.in_trace()
+
+
+def test_what_an_operation_ran_as_before_does_not_stay(registered):
+    x = jnp.arange(3.0)
+    before = gelu.gelu(x)
+    registered(gelu.OPERATION, MY_GELU)
+    np.testing.assert_array_equal(gelu.gelu(x), 7 * x)
+    with dispatch.automatic_gradients():
+        np.testing.assert_array_equal(gelu.gelu(x), before)
+    np.testing.assert_array_equal(gelu.gelu(x), 7 * x)

@@ -148,3 +148,72 @@ def test_images_of_a_wrong_shape_are_refused():
     model = nnx.eval_shape(lambda: VSSD(VSSDConfig.nano(), num_classes=10, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="images"):
         model(jnp.zeros((1, 3, 32, 32)))
+
+
+# Without jit: the operations are programs of their own, the model is not
+
+
+def eager_model(**options):
+    config = VSSDConfig(
+        embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), d_state=4, drop_path=0.5,
+        mixers=("ncssd", "ssd", "ncssd", "attention"),
+    )  # fmt: skip
+    return VSSD(config, num_classes=3, rngs=nnx.Rngs(0), **options)
+
+
+def eager_images(batch=2):
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.standard_normal((batch, 32, 32, 3)), jnp.float32)
+
+
+class Doubling(nnx.Module):
+    def __call__(self, x, norm, branch_scale):
+        return 2 * x
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_call_without_jit(dtype):
+    model, images = eager_model(dtype=dtype), eager_images()
+    model.eval()
+    compiled = nnx.jit(lambda model, images: model(images))
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.05
+    np.testing.assert_allclose(model(images), compiled(model, images), atol=tolerance)
+    # What the user changes counts at once.
+    model.head.bias[...] += 1
+    model.stages[0].blocks[0].mlp = Doubling()
+    np.testing.assert_allclose(model(images), compiled(model, images), atol=tolerance)
+
+
+def test_training_without_jit():
+    """Statistics, drop path and the state of the random numbers are those with jit."""
+    results = []
+    for transform in (lambda f: f, nnx.jit):
+        model, rngs = eager_model(), nnx.Rngs(dropout=7)
+        call = transform(lambda model, rngs, images: model(images, rngs))
+        logits = [call(model, rngs, eager_images()) for _ in range(2)]
+        assert int(rngs.dropout.count[...]) == 2 * 6  # of the first block the rate is 0
+        results.append((logits, nnx.state(model, nnx.BatchStat)))
+    assert not np.allclose(*results[0][0])  # other samples are dropped
+    for eager, compiled in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(eager, compiled, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_and_vmap_without_jit():
+    """Of a part: operation by operation the whole model takes minutes to compile."""
+
+    def loss(stem, images):
+        return jnp.square(stem(images)).sum()
+
+    results = []
+    for transform in (lambda f: f, nnx.jit):
+        stem = eager_model().stem
+        gradients = transform(lambda stem, images: nnx.grad(loss)(stem, images))(
+            stem, eager_images()
+        )
+        results.append((gradients, nnx.state(stem, nnx.BatchStat)))
+        assert np.abs(stem.conv1.norm.mean[...]).max() > 0
+    for eager, compiled in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(eager, compiled, rtol=1e-3, atol=1e-3)
+    stem.eval()
+    mapped = jax.vmap(lambda image: stem(image[None])[0])(eager_images())
+    np.testing.assert_allclose(mapped, stem(eager_images()), rtol=1e-5, atol=1e-5)

@@ -29,10 +29,11 @@ def main() -> None:
     cli.join_processes()
     if WEIGHTS.value is None:
         raise UserError("--weights is missing; see --help")
-    from vssd_jax.host import prepare_cpu
+    from vssd_jax.host import keep_compiled_programs, prepare_cpu
     from vssd_jax.inference.evaluation import evaluate_weights
 
     prepare_cpu()
+    keep_compiled_programs()
     evaluate_weights(
         config,
         WEIGHTS.value,

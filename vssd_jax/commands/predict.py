@@ -34,10 +34,11 @@ def main() -> None:
     for name, score in (("min_score", MIN_SCORE.value), ("draw_score", DRAW_SCORE.value)):
         if not 0 <= score <= 1:
             raise UserError(f"--{name}={score} must be from 0 to 1")
-    from vssd_jax.host import prepare_cpu
+    from vssd_jax.host import keep_compiled_programs, prepare_cpu
     from vssd_jax.inference.predict_files import predict_files
 
     prepare_cpu()
+    keep_compiled_programs()
     predict_files(
         weights,
         source,

@@ -15,11 +15,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/
 def main() -> None:
     config = cli.load_config()
     cli.join_processes()
-    from vssd_jax.host import prepare_cpu
+    from vssd_jax.host import keep_compiled_programs, prepare_cpu
     from vssd_jax.tasks import make_task
     from vssd_jax.training.loop import train
 
     prepare_cpu()
+    keep_compiled_programs()
     train(make_task(config), config, WORKDIR.value or f"runs/{cli.config_name()}")
 
 

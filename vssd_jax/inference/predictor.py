@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from vssd_jax.data.segmentation_transforms import eval_shapes
 from vssd_jax.data.segmentation_transforms import resize as segmentation_resize
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
-from vssd_jax.host import compiler_options
+from vssd_jax.host import compiler_options, keep_compiled_programs
 from vssd_jax.known_classes import readable
 from vssd_jax.models import family
 from vssd_jax.models.family import Detections, Detector
@@ -368,7 +368,7 @@ class Predictor:
         class_names: list[str],
         preprocessing: dict[str, Any],
         method: _Method,
-        arrays: Arrays,
+        arrays: Mapping[str, np.ndarray],
         *,
         batch_size: int,
         threads: int,
@@ -379,7 +379,8 @@ class Predictor:
         self._method, self._threads, self.max_pixels = method, threads, max_pixels
         self._mesh = make_mesh({"data": -1})
         self._batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
-        self._arrays = jax.device_put(arrays, NamedSharding(self._mesh, PartitionSpec()))
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        self._arrays: Arrays = jax.device_put(dict(arrays), everywhere)
 
     def __call__(self, pictures: Picture | Sequence[Picture]) -> Any:
         """Predicts for one picture, or for a list of them.
@@ -543,6 +544,9 @@ def load_predictor(
 ) -> Predictor:
     """A predictor for the task of given weights, with the preprocessing that they tell.
 
+    Compiled programs are kept on disk for the next process, see
+    `vssd_jax.host.keep_compiled_programs`.
+
     Args:
       weights: anything that `vssd_jax.weights.load.load` reads.
       model: the name that they must have; None recognises it.
@@ -557,6 +561,7 @@ def load_predictor(
     Raises:
       UserError: weights that cannot be read, have no head, or whose preprocessing is not known.
     """
+    keep_compiled_programs()
     loaded = load(weights, model=model)
     task = family.task_of(loaded.model)
     if not loaded.num_classes:
@@ -601,7 +606,7 @@ def load_predictor(
         names,
         fields,
         method,
-        {name: jnp.asarray(value) for name, value in get_state(split.abstract).items()},
+        get_state(split.abstract),
         batch_size=batch_size or BATCH_SIZES[task],
         threads=threads or os.cpu_count() or 1,
         max_pixels=max_pixels,

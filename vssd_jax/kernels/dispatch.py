@@ -22,14 +22,16 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.extend
 
 from vssd_jax.errors import UserError, did_you_mean
 from vssd_jax.kernels import mesh
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 # --- Devices ----------------------------------------------------------------------------------
@@ -112,6 +114,51 @@ def differentiable(function: Callable) -> Callable:
     return inspect.unwrap(function) if _automatic.get() else function
 
 
+# --- Outside of a trace -----------------------------------------------------------------------
+
+with jax.core.eval_context():
+    _NO_TRACE = jax.extend.core.get_opaque_trace_state()
+
+
+def in_trace() -> bool:
+    """Whether JAX records operations now, for `jax.jit`, a gradient, `jax.vmap`, ..."""
+    return jax.extend.core.get_opaque_trace_state() != _NO_TRACE
+
+
+def unit(function: Callable[..., T], name: str = "") -> Callable[..., T]:
+    """`function(*arrays, **options)`, as one program where it is called outside of every trace.
+
+    There JAX compiles a program for each operation and shape: hundreds for the first call of a
+    model, most of them smaller than what it costs to compile one. In a trace, be it that of
+    `jax.jit`, of a gradient or of `jax.vmap`, `function` is called as it is. Nothing of a module is
+    kept: the arrays are arguments.
+
+    Args:
+      function: of pytrees of arrays, by position; its options, by name, are hashable.
+      name: of the program, in profiles; the default is the function's.
+    """
+
+    def unnamed(key: Any, options: tuple[tuple[str, Any], ...], *arrays: Any) -> T:
+        return function(*arrays, **dict(options))
+
+    unnamed.__name__ = name or function.__name__
+    compiled = jax.jit(unnamed, static_argnums=(0, 1))
+
+    @functools.wraps(function)
+    def call(*arrays: Any, **options: Any) -> T:
+        if in_trace():
+            return function(*arrays, **options)
+        return compiled(_choices(), tuple(options.items()), *arrays)
+
+    return call
+
+
+def _choices() -> Any:
+    """What a traced function depends on besides its arguments and the settings of JAX."""
+    tables = tuple(tuple(operation.table.items()) for operation in _OPERATIONS.values())
+    return _automatic.get(), tables
+
+
 # --- Operations -------------------------------------------------------------------------------
 
 
@@ -164,6 +211,7 @@ class Operation:
         if list(table)[-1] != "xla" or not table["xla"].plain:
             raise ValueError(f"the last implementation of {name} must be 'xla', in plain JAX")
         self.name, self.table, self.parts = name, dict(table), parts
+        self._run = unit(self._call, name)
         _OPERATIONS[name] = self
 
     def register(self, name: str, implementation: Implementation) -> None:
@@ -256,7 +304,16 @@ class Operation:
           shared: the other arguments that are arrays.
           **options: the arguments that are no arrays.
         """
-        shared = shared or {}
+        return self._run(batched, shared or {}, implementation=implementation, **options)
+
+    def _call(
+        self,
+        batched: dict[str, Any],
+        shared: dict[str, Any],
+        *,
+        implementation: str | None,
+        **options: Any,
+    ) -> Any:
         name = self.choose(implementation, **batched, **shared, **options)
         row = self.table[name]
         if name == "xla":

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from vssd_jax.errors import UserError, did_you_mean
+from vssd_jax.models.layers import shapes_alone
 from vssd_jax.models.torch_names import Table, TensorShapes, under
 from vssd_jax.types import Array, Float, Int
 
@@ -429,7 +430,8 @@ def build(
 def abstract(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
     """The module that `make` builds, with shapes in place of arrays; nothing is computed."""
 
-    return nnx.eval_shape(lambda key: make(_SameKey(key)), jax.random.key(0))
+    with shapes_alone():
+        return nnx.eval_shape(lambda key: make(_SameKey(key)), jax.random.key(0))
 
 
 class _SameKey(nnx.Rngs):

@@ -4,10 +4,12 @@ Parameters and statistics are float32 whatever the compute dtype; so are norms. 
 `dtype=float64` everything is float64: the parity tests.) Arrays are channels-last.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypedDict, TypeVar
 
 import jax
@@ -17,6 +19,7 @@ from flax import nnx
 
 from vssd_jax.kernels.batch_norm import batch_norm
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
+from vssd_jax.kernels.dispatch import in_trace, unit
 from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.linear import linear
 from vssd_jax.types import Array, Float
@@ -48,35 +51,81 @@ def _generator(key: jax.Array) -> np.random.Generator | None:
     return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
-def _draw_uniform(
-    key: jax.Array,
-    shape: tuple[int, ...],
-    dtype: jax.typing.DTypeLike,
-    *,
-    low: float,
-    high: float,
-) -> jax.Array:
-    if (generator := _generator(key)) is None:
-        return jax.random.uniform(key, shape, dtype, low, high)
-    return jnp.asarray(generator.uniform(low, high, shape), dtype)
+_placeholders = contextvars.ContextVar[dict | None]("placeholders", default=None)
+
+
+@contextlib.contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Within it, in a trace, initial values are zeros, one array for each shape.
+
+    To trace the random numbers of a model takes a second, for a program that is thrown away where
+    only the shapes are asked for.
+    """
+    token = _placeholders.set({})
+    try:
+        yield
+    finally:
+        _placeholders.reset(token)
+
+
+def _placeholder(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array | None:
+    """Zeros within `shapes_alone`, else None."""
+    if (known := _placeholders.get()) is None:
+        return None
+    key = shape, jnp.dtype(dtype)
+    if key not in known:
+        known[key] = jnp.zeros(shape, dtype)
+    return known[key]
+
+
+def initializer(function: Initializer) -> Initializer:
+    """`function`, but what `shapes_alone` gives within it."""
+
+    @functools.wraps(function)
+    def initial(
+        key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
+    ) -> jax.Array:
+        zeros = _placeholder(shape, dtype)
+        return function(key, shape, dtype) if zeros is None else zeros
+
+    return initial
+
+
+def _on_device(values: np.ndarray, dtype: jax.typing.DTypeLike) -> jax.Array:
+    # In this dtype already: JAX would compile a program to convert each shape.
+    return jnp.asarray(values.astype(dtype), dtype)
+
+
+def filled(value: float, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """An array of one value; JAX would compile a program for each shape outside of a trace."""
+    if not in_trace():
+        return _on_device(np.full(shape, value), dtype)
+    zeros = _placeholder(shape, dtype)
+    return jnp.full(shape, value, dtype) if zeros is None else zeros
 
 
 def uniform(low: float, high: float) -> Initializer:
     """An initialiser, U(low, high)."""
-    return functools.partial(_draw_uniform, low=low, high=high)
 
+    @initializer
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+        if (generator := _generator(key)) is None:
+            return jax.random.uniform(key, shape, dtype, low, high)
+        return _on_device(generator.uniform(low, high, shape), dtype)
 
-def _draw_normal(
-    key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *, std: float
-) -> jax.Array:
-    if (generator := _generator(key)) is None:
-        return std * jax.random.normal(key, shape, dtype)
-    return jnp.asarray(generator.normal(0, std, shape), dtype)
+    return draw
 
 
 def normal(std: float) -> Initializer:
     """An initialiser, N(0, std^2)."""
-    return functools.partial(_draw_normal, std=std)
+
+    @initializer
+    def draw(key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:
+        if (generator := _generator(key)) is None:
+            return std * jax.random.normal(key, shape, dtype)
+        return _on_device(generator.normal(0, std, shape), dtype)
+
+    return draw
 
 
 def torch_uniform(fan_in: int) -> Initializer:
@@ -109,7 +158,7 @@ class Linear(nnx.Module):
         # The recipe truncates at +-2, a hundred standard deviations: plain normal.
         kernel = normal(0.02)(rngs.params(), (inputs, outputs), precision.state)
         self.kernel = nnx.Param(kernel)
-        self.bias = nnx.Param(jnp.zeros((outputs,), precision.state)) if use_bias else None
+        self.bias = nnx.Param(filled(0, (outputs,), precision.state)) if use_bias else None
         if use_bias:
             rngs.params()  # `nnx.Linear` draws a key for the bias: a seed gives the same weights
         self.precision = precision
@@ -156,30 +205,52 @@ class Conv(nnx.Module):
 
         `scale` and `shift` are both given or both None.
         """
-        dtype = self.precision.compute
-        kernel = self.kernel[...]
-        bias = None if self.bias is None else self.bias[...]
-        if scale is not None:
-            assert shift is not None
-            kernel = kernel * scale
-            bias = shift if bias is None else bias * scale + shift
-        x = x.astype(dtype)
-        if kernel.shape[:2] == (1, 1) and self.stride == 1:
-            if scale is None:
-                return linear(x, kernel[0, 0], bias)
-            y = linear(x, kernel[0, 0])  # XLA does not make one kernel of product and shift
-        else:
-            y = jax.lax.conv_general_dilated(
-                x,
-                kernel.astype(dtype),
-                (self.stride, self.stride),
-                [(self.padding, self.padding)] * 2,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-        if bias is not None:
-            # Add the bias in float32: rounded to bfloat16 it would shift every pixel the same way.
-            y = (y.astype(bias.dtype) + bias).astype(dtype)
-        return y
+        return _convolve(
+            x,
+            self.kernel[...],
+            None if self.bias is None else self.bias[...],
+            scale,
+            shift,
+            stride=self.stride,
+            padding=self.padding,
+            dtype=self.precision.compute,
+        )
+
+
+@unit
+def _convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    scale: jax.Array | None,
+    shift: jax.Array | None,
+    *,
+    stride: int,
+    padding: int,
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """See `Conv`."""
+    if scale is not None:
+        assert shift is not None
+        kernel = kernel * scale
+        bias = shift if bias is None else bias * scale + shift
+    x = x.astype(dtype)
+    if kernel.shape[:2] == (1, 1) and stride == 1:
+        if scale is None:
+            return linear(x, kernel[0, 0], bias)
+        y = linear(x, kernel[0, 0])  # XLA does not make one kernel of product and shift
+    else:
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(dtype),
+            (stride, stride),
+            [(padding, padding)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+    if bias is not None:
+        # Add the bias in float32: rounded to bfloat16 it would shift every pixel the same way.
+        y = (y.astype(bias.dtype) + bias).astype(dtype)
+    return y
 
 
 class DepthwiseConv(nnx.Module):
@@ -239,8 +310,8 @@ class LayerNorm(nnx.Module):
     def __init__(
         self, channels: int, *, implementation: str | None = None, precision: Precision
     ) -> None:
-        self.scale = nnx.Param(jnp.ones((channels,), precision.state))
-        self.bias = nnx.Param(jnp.zeros((channels,), precision.state))
+        self.scale = nnx.Param(filled(1, (channels,), precision.state))
+        self.bias = nnx.Param(filled(0, (channels,), precision.state))
         self.epsilon, self.implementation = 1e-5, implementation
 
     @property
@@ -266,10 +337,10 @@ class BatchNorm(nnx.Module):
     """
 
     def __init__(self, channels: int, *, precision: Precision) -> None:
-        self.scale = nnx.Param(jnp.ones((channels,), precision.state))
-        self.bias = nnx.Param(jnp.zeros((channels,), precision.state))
-        self.mean = nnx.BatchStat(jnp.zeros((channels,), precision.state))
-        self.var = nnx.BatchStat(jnp.ones((channels,), precision.state))
+        self.scale = nnx.Param(filled(1, (channels,), precision.state))
+        self.bias = nnx.Param(filled(0, (channels,), precision.state))
+        self.mean = nnx.BatchStat(filled(0, (channels,), precision.state))
+        self.var = nnx.BatchStat(filled(1, (channels,), precision.state))
         self.use_running_average = False
         self.momentum = 0.1
         self.epsilon = 1e-5
@@ -277,8 +348,9 @@ class BatchNorm(nnx.Module):
 
     def running(self) -> tuple[jax.Array, jax.Array]:
         """Scale and shift (C,) of the normalisation with the running average."""
-        scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.epsilon)
-        return scale, self.bias[...] - self.mean[...] * scale
+        return _running(
+            self.scale[...], self.bias[...], self.mean[...], self.var[...], epsilon=self.epsilon
+        )
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         dtype, scale, bias = self.precision.compute, self.scale[...], self.bias[...]
@@ -291,6 +363,15 @@ class BatchNorm(nnx.Module):
         self.mean[...] += self.momentum * (jax.lax.stop_gradient(mean) - self.mean[...])
         self.var[...] += self.momentum * (unbiased - self.var[...])
         return y
+
+
+@unit
+def _running(
+    scale: jax.Array, bias: jax.Array, mean: jax.Array, var: jax.Array, *, epsilon: float
+) -> tuple[jax.Array, jax.Array]:
+    """See `BatchNorm.running`."""
+    scale = scale * jax.lax.rsqrt(var + epsilon)
+    return scale, bias - mean * scale
 
 
 class ConvNorm(nnx.Module):

@@ -18,7 +18,7 @@ from flax import nnx
 
 from vssd_jax.models import torch_names, vssd
 from vssd_jax.models.family import BackboneConfig, Head, Images, Recognised, register
-from vssd_jax.models.layers import ChannelDropout, Conv, ConvNorm, Precision, normal
+from vssd_jax.models.layers import ChannelDropout, Conv, ConvNorm, Precision, filled, normal
 from vssd_jax.models.torch_names import Row, TensorShapes
 from vssd_jax.models.vssd import VSSDConfig
 from vssd_jax.types import Array, Float
@@ -165,7 +165,7 @@ def _classifier(
     conv = Conv(channels, num_classes, 1, precision=precision, rngs=rngs)
     init = normal(0.01)
     conv.kernel[...] = init(rngs.params(), conv.kernel.shape, precision.state)
-    conv.bias = nnx.Param(jnp.zeros((num_classes,), precision.state))
+    conv.bias = nnx.Param(filled(0, (num_classes,), precision.state))
     return conv
 
 

@@ -21,7 +21,7 @@ from flax import nnx
 from vssd_jax.errors import UserError
 from vssd_jax.kernels.add_branch import add_branch
 from vssd_jax.kernels.attention import attention
-from vssd_jax.kernels.dispatch import check_name
+from vssd_jax.kernels.dispatch import check_name, in_trace, unit
 from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.mlp import MLPParams, mlp
 from vssd_jax.kernels.nc_ssd_mixer import MixerParams, nc_ssd_mixer
@@ -38,6 +38,8 @@ from vssd_jax.models.layers import (
     Linear,
     NormParams,
     Precision,
+    filled,
+    initializer,
     uniform,
 )
 from vssd_jax.models.ssd import bidirectional_ssd, causal_ssd
@@ -261,12 +263,9 @@ class SSDMixer(nnx.Module):
             precision=precision,
             rngs=rngs,
         )
-        log_dt = uniform(math.log(1e-3), math.log(1e-1))
-        dt = jnp.maximum(jnp.exp(log_dt(rngs.params(), (heads,), precision.state)), 1e-4)
-        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))  # inverse of softplus
-        a = uniform(1.0, 16.0)(rngs.params(), (heads,), precision.state)
-        self.A_log = nnx.Param(jnp.log(a))
-        self.D = nnx.Param(jnp.ones((heads,), precision.state))
+        self.dt_bias = nnx.Param(_initial_dt_bias(rngs.params(), (heads,), precision.state))
+        self.A_log = nnx.Param(_initial_a_log(rngs.params(), (heads,), precision.state))
+        self.D = nnx.Param(filled(1, (heads,), precision.state))
         self.norm = LayerNorm(inner, implementation=implementation, precision=precision)
         self.out_proj = Linear(inner, channels, use_bias=False, precision=precision, rngs=rngs)
 
@@ -286,13 +285,13 @@ class SSDMixer(nnx.Module):
             epsilon=norm["epsilon"],
             implementation=self.implementation,
         )
-        dt = jax.nn.softplus(dt + self.dt_bias[...])
-        a, d = jnp.exp(self.A_log[...]), self.D[...]
+        dt, a = _steps(dt, self.dt_bias[...], self.A_log[...])
+        d = self.D[...]
         if self.kind == "ncssd":
             return nc_ssd_mixer(
                 x,
                 xbc,
-                self.sign * dt * a,
+                _token_weights(dt, a, sign=self.sign),
                 z,
                 branch_scale,
                 MixerParams(
@@ -314,6 +313,38 @@ class SSDMixer(nnx.Module):
         b, c = (t.reshape(*t.shape[:2], self.groups, -1) for t in (b, c))
         y = self.norm(scan(xs, dt, -a, b, c, d)) * z
         return add_branch(x, self.out_proj(y).reshape(x.shape), branch_scale)
+
+
+@initializer
+def _initial_dt_bias(
+    key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """softplus(dt_bias) is log-uniform."""
+    log_dt = uniform(math.log(1e-3), math.log(1e-1))(key, shape, dtype)
+    # As one program they would have other last bits. NumPy's results of sum and maximum are JAX's,
+    # without a program for each.
+    xnp: Any = jnp if in_trace() else np
+    dt = xnp.maximum(xnp.asarray(jnp.exp(log_dt)), 1e-4)
+    inverse = xnp.asarray(jnp.log(-xnp.asarray(jnp.expm1(-dt))))  # of softplus
+    return jnp.asarray(dt + inverse, dtype)
+
+
+@initializer
+def _initial_a_log(
+    key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    return jnp.log(uniform(1.0, 16.0)(key, shape, dtype))
+
+
+@unit
+def _steps(dt: jax.Array, bias: jax.Array, a_log: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Step sizes and decay rates."""
+    return jax.nn.softplus(dt + bias), jnp.exp(a_log)
+
+
+@unit
+def _token_weights(dt: jax.Array, a: jax.Array, *, sign: int) -> jax.Array:
+    return sign * dt * a
 
 
 class AttentionMixer(nnx.Module):

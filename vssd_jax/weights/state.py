@@ -72,7 +72,9 @@ def set_state(
     check(shapes(model), values, fresh=fresh)
     for name, variable in variables.items():
         if name in values and values[name].shape == variable.shape:
-            variable.set_value(jnp.asarray(values[name], variable.dtype))
+            # NumPy converts: JAX would compile a program for each shape.
+            value = np.asarray(values[name], variable.dtype)
+            variable.set_value(jnp.asarray(value, variable.dtype))
     nnx.update(model, nnx.from_flat_state(
         [(_path(name), variable) for name, variable in variables.items()]))
 

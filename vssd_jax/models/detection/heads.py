@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vssd_jax.models.layers import Conv, Initializer, Precision, normal, uniform
+from vssd_jax.models.layers import Conv, Initializer, Precision, filled, normal, uniform
 from vssd_jax.types import Array, Float
 
 
@@ -30,7 +30,7 @@ def _conv(
     conv = Conv(inputs, outputs, size, precision=precision, rngs=rngs)
     init = _xavier(size * size * (inputs + outputs)) if std is None else normal(std)
     conv.kernel = nnx.Param(init(rngs.params(), conv.kernel.shape, precision.state))
-    conv.bias = nnx.Param(jnp.zeros((outputs,), precision.state))
+    conv.bias = nnx.Param(filled(0, (outputs,), precision.state))
     return conv
 
 
@@ -132,7 +132,7 @@ class Upsample(nnx.Module):
         # Kaiming normal, fan out, as PyTorch counts it for a deconvolution.
         init = normal(math.sqrt(2 / (4 * inputs)))
         self.kernel = nnx.Param(init(rngs.params(), (2, 2, inputs, outputs), precision.state))
-        self.bias = nnx.Param(jnp.zeros((outputs,), precision.state))
+        self.bias = nnx.Param(filled(0, (outputs,), precision.state))
         self.precision = precision
 
     def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N 2*H 2*W D"]:
