@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -442,7 +442,8 @@ class DropPath(nnx.Module):
         self.rate = rate
         self.deterministic = False
 
-    def __call__(self, batch: int, rngs: nnx.Rngs | None) -> Float[Array, " B"] | None:
+    def __call__(self, batch: Any, rngs: nnx.Rngs | None) -> Float[Array, " B"] | None:
+        # A batch that is traced with any size is a symbol, not an int.
         if self.deterministic or self.rate == 0:
             return None
         keep = 1 - self.rate

@@ -307,7 +307,7 @@ class SSDMixer(nnx.Module):
                 implementation=self.implementation,
             )
         scan = causal_ssd if self.kind == "ssd" else bidirectional_ssd
-        batch, inner = len(x), self.sizes[0]
+        batch, inner = x.shape[0], self.sizes[0]
         xbc, dt, z = (t.reshape(batch, -1, t.shape[-1]) for t in (self.conv(xbc), dt, z))
         xs, b, c = jnp.split(xbc, (inner, (inner + xbc.shape[-1]) // 2), axis=-1)
         b, c = (t.reshape(*t.shape[:2], self.groups, -1) for t in (b, c))
@@ -447,9 +447,9 @@ class Block(nnx.Module):
         self, x: Float[Array, "B H W C"], rngs: nnx.Rngs | None = None
     ) -> Float[Array, "B H W C"]:
         x = self.cpe1(x)
-        x = self.mixer(x, self.norm1.params, self.drop_path(len(x), rngs))
+        x = self.mixer(x, self.norm1.params, self.drop_path(x.shape[0], rngs))
         x = self.cpe2(x)
-        return self.mlp(x, self.norm2.params, self.drop_path(len(x), rngs))
+        return self.mlp(x, self.norm2.params, self.drop_path(x.shape[0], rngs))
 
 
 class Stage(nnx.Module):

@@ -33,7 +33,9 @@ def nc_ssd_mixer(
         activation=None if silu_on_load else "silu",
         implementation=implementation,
     )
-    xbc, token_weights, z = (t.reshape(len(t), -1, t.shape[-1]) for t in (xbc, token_weights, z))
+    xbc, token_weights, z = (
+        t.reshape(t.shape[0], -1, t.shape[-1]) for t in (xbc, token_weights, z)
+    )
     y = nc_ssd_gated(
         xbc,
         token_weights,

@@ -88,7 +88,7 @@ class RPNHead(nnx.Module):
     ) -> tuple[Float[Array, "B A"], Float[Array, "B A 4"]]:
         x = jax.nn.relu(self.conv(x))
         logits, deltas = (y.astype(self.precision.state) for y in (self.cls(x), self.reg(x)))
-        return logits.reshape(len(x), -1), deltas.reshape(len(x), -1, 4)
+        return logits.reshape(x.shape[0], -1), deltas.reshape(x.shape[0], -1, 4)
 
 
 class BoxHead(nnx.Module):
