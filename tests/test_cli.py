@@ -49,6 +49,8 @@ def command(*arguments, **options):
         ),
         (["eval.py", "--config", "configs/digits.py"], "--weights is missing"),
         (["eval.py", "--config", "configs/digits.py", "--weights", "nowhere"], "nowhere"),
+        (["export.py", "--weights", "nowhere"], "--weights and --output are needed"),
+        (["export.py", "--weights", "nowhere", "--output", "x", "--dtype=int8"], "int8"),
     ],
 )
 def test_one_clear_line_and_status_2(arguments, message):

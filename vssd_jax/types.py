@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from jax import Array
 
-__all__ = ["Array", "Bool", "Float", "Int", "Num", "UInt8"]
+__all__ = ["Array", "Bool", "Dimension", "Float", "Int", "Num", "UInt8"]
+
+# The length of an axis: an int, or a symbol in a program that jax.export traces for any length.
+Dimension = Any
 
 if TYPE_CHECKING or importlib.util.find_spec("jaxtyping") is not None:
     from jaxtyping import Bool, Float, Int, Num, UInt8

@@ -103,6 +103,21 @@ def test_every_dtype_comes_back_bit_for_bit(dtype, tmp_path):
     np.testing.assert_array_equal(model.head.kernel[...], state["head.weight"].T.astype(np.float32))
 
 
+def test_fewer_bytes_and_what_they_cost(tmp_path):
+    done = command("--input", NANO, "--output", tmp_path / "w", "--dtype=bfloat16")
+    assert (done.returncode, done.stderr) == (0, "")
+    taken, measured = done.stdout.splitlines()
+    assert "158 tensors" in taken
+    assert measured.startswith("bfloat16: 1.8 -> 0.9 MB; on 32 random pictures of 224x224")
+    assert "the same class is first for" in measured
+    convert(NANO, tmp_path / "whole")
+    narrow, whole = (read_folder(tmp_path / name).params for name in ("w", "whole"))
+    for name, value in whole.items():
+        dtype = ml_dtypes.bfloat16 if value.ndim > 1 else np.float32
+        assert narrow[name].dtype == dtype
+        np.testing.assert_array_equal(narrow[name], value.astype(dtype))
+
+
 def test_weights_made_here_go_to_pytorch(tmp_path):
     model = vssd_jax.create_model("vssd_nano", num_classes=3, seed=5)
     write_folder(tmp_path / "w", Weights("vssd_nano", 3, {}, get_state(model)))

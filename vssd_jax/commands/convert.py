@@ -3,6 +3,7 @@
 python convert_torch_weights.py --input vssd_tiny_best_ema.pth --output weights/vssd_tiny
 python convert_torch_weights.py --input hf://YuhengSSS/VSSD/vssd_micro_best.pth --output weights/m
 python convert_torch_weights.py --input runs/digits --output weights/digits
+python convert_torch_weights.py --input weights/vssd_tiny --output weights/half --dtype bfloat16
 python convert_torch_weights.py --reverse --input weights/vssd_tiny --output vssd_tiny.pth
 """
 
@@ -35,6 +36,12 @@ CLASS_NAMES = flags.DEFINE_string(
 OVERRIDES = flags.DEFINE_string(
     "overrides", "{}", "Fields of the model's config as JSON, e.g. '{\"token_weight_sign\": -1}'."
 )
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "Of matrices and kernels, whose cost is measured; left out, that of the input.",
+)
 REVERSE = flags.DEFINE_bool("reverse", False, "Write a .pth file with PyTorch's names.")
 
 
@@ -61,6 +68,7 @@ def main() -> None:
             class_names=parse(CLASS_NAMES.value) or None,
             allow_nonfinite=ALLOW_NONFINITE.value,
             reverse=REVERSE.value,
+            dtype=DTYPE.value,
         )
     )
 

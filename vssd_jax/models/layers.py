@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypedDict, TypeVar
+from typing import TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from vssd_jax.kernels.depthwise_conv import depthwise_conv
 from vssd_jax.kernels.dispatch import in_trace, unit
 from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.linear import linear
-from vssd_jax.types import Array, Float
+from vssd_jax.types import Array, Dimension, Float
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jax.typing.DTypeLike], jax.Array]
 T = TypeVar("T")
@@ -442,8 +442,7 @@ class DropPath(nnx.Module):
         self.rate = rate
         self.deterministic = False
 
-    def __call__(self, batch: Any, rngs: nnx.Rngs | None) -> Float[Array, " B"] | None:
-        # A batch that is traced with any size is a symbol, not an int.
+    def __call__(self, batch: Dimension, rngs: nnx.Rngs | None) -> Float[Array, " B"] | None:
         if self.deterministic or self.rate == 0:
             return None
         keep = 1 - self.rate

@@ -162,7 +162,7 @@ class MaskRCNN(nnx.Module):
     def __call__(self, images: Images, image_shapes: ImageShapes | None = None) -> Detections:
         """The same as `predict`; without `image_shapes` there is no padding."""
         if image_shapes is None:
-            image_shapes = jnp.tile(jnp.array(images.shape[1:3]), (len(images), 1))
+            image_shapes = jnp.tile(jnp.array(images.shape[1:3]), (images.shape[0], 1))
         return self.predict(images, image_shapes)
 
     def predict(self, images: Images, image_shapes: ImageShapes) -> Detections:

@@ -11,6 +11,7 @@ from vssd_jax.errors import UserError
 from vssd_jax.models import family
 from vssd_jax.weights.folder import Weights, write_folder
 from vssd_jax.weights.load import load, to_torch
+from vssd_jax.weights.narrow import cost, narrow, num_bytes
 from vssd_jax.weights.torch_file import write_torch_file
 
 
@@ -24,6 +25,7 @@ def convert(
     allow_nonfinite: bool = False,
     class_names: Sequence[str] | None = None,
     reverse: bool = False,
+    dtype: str | None = None,
 ) -> str:
     """Writes the weights of `source` to `output`, whole or not at all.
 
@@ -33,12 +35,15 @@ def convert(
         classes as the authors' models, the names of ImageNet, COCO or ADE20K are assumed.
       output: the folder, or with `reverse` the `.pth` file; it must not exist.
       reverse: write a bare state dict with PyTorch's names.
+      dtype: "float32", "bfloat16" or "float16" of matrices and kernels, see `narrow`; None keeps
+        each tensor's own.
 
     Returns:
-      A line that says what was taken.
+      A line that says what was taken, and with `dtype` another that says what it costs.
 
     Raises:
-      UserError: what `load` raises, and an output that exists or cannot be written.
+      UserError: what `load` raises, values too large for `dtype`, and an output that exists or
+        cannot be written.
     """
     if os.path.lexists(output):
         raise UserError(f"{output} exists already; choose another name or remove it")
@@ -47,6 +52,11 @@ def convert(
     )
     count, size = len(weights.params), sum(array.size for array in weights.params.values())
     weights, note = with_names(weights, class_names)
+    if dtype is not None:
+        narrowed = narrow(weights.params, dtype)
+        sizes = [num_bytes(params) / 1e6 for params in (weights.params, narrowed)]
+        note += f"\n{dtype}: {sizes[0]:,.1f} -> {sizes[1]:,.1f} MB; {cost(weights, narrowed)}"
+        weights = dataclasses.replace(weights, params=narrowed)
     if reverse:
         write_torch_file(output, to_torch(weights))
     else:

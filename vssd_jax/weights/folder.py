@@ -69,6 +69,29 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[Path]:
+    """The name of a temporary file to write, renamed to `path` at the end; see `new_folder`.
+
+    Raises:
+      UserError: `path` exists or cannot be written.
+    """
+    path = Path(path)
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already; choose another name or remove it")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch()  # what cannot be written is said at once, not after minutes of work
+        yield beside
+        os.rename(beside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
 def write_folder(path: str | os.PathLike, weights: Weights) -> None:
     """Writes a weights folder; a UserError if `path` exists or cannot be written."""
     with new_folder(path) as folder:

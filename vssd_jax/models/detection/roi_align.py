@@ -67,7 +67,7 @@ def bin_weights(
         return weights + jnp.where(counts[..., None], near, 0)
 
     most = jnp.max(samples, initial=0).astype(jnp.int32)
-    weights = jnp.zeros((len(start), bins, len(cells)), start.dtype)
+    weights = jnp.zeros((start.shape[0], bins, len(cells)), start.dtype)
     weights = jax.lax.fori_loop(0, most, add, weights)
     return weights / jnp.maximum(samples, 1)[:, None, None]
 
@@ -115,7 +115,9 @@ def _weigh(
         rows = jnp.einsum("bph,bhwc->bpwc", y, features, precision="highest")
         return jnp.einsum("bqw,bpwc->bpqc", x, rows, precision="highest")
 
-    one = batch * bins * width * channels * np.dtype(features.dtype).itemsize
+    # A program for any batch (jax.export) takes as many at a time as it would for a single image.
+    images = batch if isinstance(batch, int) else 1
+    one = images * bins * width * channels * np.dtype(features.dtype).itemsize
     chunk = max(1, min(len(wy), _CHUNK_BYTES // one))
     with jax.named_scope("interpolation"):  # `models.count` does not count such products
         return jnp.moveaxis(jax.lax.map(align, (wy, wx), batch_size=chunk), 0, 1)
