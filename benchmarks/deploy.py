@@ -73,7 +73,7 @@ def main() -> None:
     ways, sizes = calls(options)
     rows = []
     for batch in options.batches:
-        images = np.asarray(common.batch(batch, options.image_size)[0])
+        images = np.array(common.batch(batch, options.image_size)[0])
         ready = {way: functools.partial(call, images) for way, call in ways.items()}
         times = common.measure(ready, rounds=options.rounds, seconds=options.seconds)
         for way, values in times.items():
