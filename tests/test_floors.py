@@ -19,7 +19,8 @@ FLOORS = (
     ("tasks",),
     ("training",),
     ("inference",),
-    ("cli", "hub"),
+    ("cli",),
+    ("hub", "commands"),
 )
 GROUND = FLOORS[0]
 # Floors that may not use all that lies below them.
