@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -23,16 +24,14 @@ pytest.importorskip("setuptools", "77")
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The wheel and the sdist, built in a copy of what is under version control or new."""
+    """The wheel and the sdist, built in a copy of the repository."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    names = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, check=True, capture_output=True, text=True,
-    ).stdout.split("\0")  # fmt: skip
-    for name in names:
-        if (ROOT / name).is_file() and not name.startswith("tests/golden"):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, source)
+    ignored = shutil.ignore_patterns("__pycache__", "golden", "earlier_versions")
+    for name in ("vssd_jax", "configs", "tests", "benchmarks", "docs"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
     program = (
         "import sys; from setuptools import build_meta as b; out = sys.argv[1];"
         "b.build_wheel(out); b.build_sdist(out)"
