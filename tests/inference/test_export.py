@@ -149,7 +149,7 @@ def test_a_classifier_is_jit_bit_for_bit(classifier, tmp_path):
 def test_a_segmentor_is_jit_bit_for_bit(segmentor, tmp_path):
     file = tmp_path / "model.zip"
     assert "takes images (b, 64, 64, 3) float32" in export_stablehlo(segmentor, file)
-    cases = [[images(count, 64, 64)] for count in (1, 7)]
+    cases = [[images(7, 64, 64)]]
     outputs = assert_equal_to_jit(tmp_path, segmentor, file, cases)
     assert outputs["logits"].shape == (7, 16, 16, 3)
 
