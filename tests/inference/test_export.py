@@ -272,4 +272,4 @@ def test_vssd_tiny_is_jit_bit_for_bit(tmp_path):
     file = tmp_path / "model.zip"
     export_stablehlo(weights, file)
     cases = [[images(1, 224, 224)], [images(2, 160, 256)]]
-    assert_equal_to_jit(tmp_path, weights, file, cases, emitters=True)
+    assert_equal_to_jit(tmp_path, weights, file, cases)
