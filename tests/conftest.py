@@ -27,11 +27,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 UNOPTIMIZED = "--xla_backend_optimization_level=0"
 FAST_COMPILATION = f"{UNOPTIMIZED} --xla_cpu_use_fusion_emitters=false"
 
-# The same examples at every run, and no folder for them.
-hypothesis.settings.register_profile(
-    "vssd_jax", deadline=None, database=None, derandomize=True, max_examples=500
-)
-hypothesis.settings.load_profile("vssd_jax")
+# The same examples at every run, and no folder for them; more by --hypothesis-profile=thorough.
+for profile, examples in (("thorough", 600), ("everyday", 100)):
+    hypothesis.settings.register_profile(
+        profile, deadline=None, database=None, derandomize=True, max_examples=examples
+    )
+hypothesis.settings.load_profile("everyday")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROOT = pathlib.Path(__file__).parents[1]

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.coco_files import CATEGORIES, SIZE, annotation, rectangle, rle, write
@@ -184,7 +184,6 @@ def use(images, path):
         assert np.isfinite(list(numbers.values())).all()
 
 
-@settings(max_examples=600)
 @given(changes=st.lists(st.tuples(PLACE, JUNK), min_size=1, max_size=3))
 def test_whatever_comes_in_works_or_is_one_line(pictures, changes):
     images, path, good = pictures

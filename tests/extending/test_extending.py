@@ -67,8 +67,8 @@ def evaluate(config, workdir, data_dir, lines):
     ("config", "metric"),
     [
         ("toy_backbone.py:classification", "val/top1"),
-        ("toy_backbone.py:detection", "val/box_map"),
-        ("toy_backbone.py:segmentation", "val/miou"),
+        pytest.param("toy_backbone.py:detection", "val/box_map", marks=pytest.mark.slow),
+        pytest.param("toy_backbone.py:segmentation", "val/miou", marks=pytest.mark.slow),
         ("toy_dataset.py", "val/top5"),
         ("toy_head.py", "val/miou"),
     ],

@@ -75,7 +75,8 @@ def has_logged(workdir, step):
     return any(line["step"] >= step for line in read_metrics(workdir))
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_processes_train_as_one_and_end_together(tmp_path, count):
     one = start(tmp_path, tmp_path / "one", 1, devices=count)
     finish(one)
