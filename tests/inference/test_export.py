@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import vssd_jax
-from tests.conftest import ROOT, UNOPTIMIZED
+from tests.conftest import AS_USERS, ROOT, UNOPTIMIZED
 from vssd_jax import UserError
 from vssd_jax.data.normalization import normalize
 from vssd_jax.inference.export import export_stablehlo, make_program, parse_size
@@ -110,7 +110,7 @@ def assert_equal_to_jit(folder, weights, file, cases, *, emitters=False, **optio
     Without `emitters` XLA compiles both as in the other tests.
     """
     program = make_program(load(weights), **options)
-    compiler = {"xla_cpu_use_fusion_emitters": True} if emitters else None
+    compiler = AS_USERS if emitters else None
     jitted = jax.jit(program.function, compiler_options=compiler)
     found = run_alone(folder, file, cases, {"XLA_FLAGS": UNOPTIMIZED} if emitters else {})
     for inputs, outputs in zip(cases, found, strict=True):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.conftest import AS_USERS
 from tests.golden.inventories import load_inventory
 from tests.golden.synthetic import synthetic_images, synthetic_state_dict
 from vssd_jax.models import mask_rcnn, torch_names
@@ -61,13 +62,12 @@ def rpn_outputs(model, maps):
     return run(model, lambda m, maps: [m.rpn_head(x) for x in maps], maps)
 
 
-# Anchors on both sides of an object overlap it alike, and rounding decides which get it; the
-# file has the choice that XLA's usual code makes too.
-AS_USERS = {"xla_cpu_use_fusion_emitters": True}
-
-
 def run(model, method, *args):
-    """A method of the model under jit."""
+    """A method of the model under jit.
+
+    Anchors on both sides of an object overlap it alike, and rounding decides which get it; the
+    file has the choice that XLA's usual code makes too.
+    """
     graphdef, state = nnx.split(model)
     call = jax.jit(
         lambda state, *args: method(nnx.merge(graphdef, state), *args), compiler_options=AS_USERS
