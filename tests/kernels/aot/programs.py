@@ -44,7 +44,13 @@ from vssd_jax.kernels.norm_linear import norm_linear
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 
 HERE = pathlib.Path(__file__).parent
-KINDS = {"sm_80": "NVIDIA A100", "sm_89": "NVIDIA GeForce RTX 4090", "sm_90": "NVIDIA H200"}
+KINDS = {
+    "sm_80": "NVIDIA A100",
+    "sm_89": "NVIDIA GeForce RTX 4090",
+    "sm_90": "NVIDIA H200",
+    "sm_100": "NVIDIA B200",
+    "sm_120": "NVIDIA RTX PRO 6000 Blackwell Server Edition",
+}
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
          "u64": 8, "f64": 8}  # fmt: skip
 FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all"}
