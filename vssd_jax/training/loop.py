@@ -10,7 +10,7 @@ from vssd_jax.tasks.protocol import Task
 from vssd_jax.training import report
 from vssd_jax.training.plan import make_plan
 from vssd_jax.training.run import open_run
-from vssd_jax.training.state import from_parts, to_parts
+from vssd_jax.training.state import to_parts
 from vssd_jax.training.step import Trainer
 from vssd_jax.weights.pretrained import pretrained_weights
 
@@ -44,11 +44,10 @@ def train(
     with open_run(
         workdir, fields, plan, best_metric=best, checkpoint_bytes=checkpoint_bytes
     ) as run:
-        say(report.describe(fields, trainer.mesh, trainer.abstract))
+        say(report.describe(fields, trainer.mesh, trainer.named))
         report.check_memory(report.device_bytes(trainer.abstract), "the training state")
         if run.start:
-            parts = run.checkpoints.restore(to_parts(trainer.abstract))
-            state = from_parts(parts, trainer.abstract)
+            state = trainer.from_parts(run.checkpoints.restore(to_parts(trainer.named)))
             say(f"resumed {workdir} at step {run.start} of {plan.total}")
             report.compare_rates(run.previous_config, config, task.train_size, run.start)
         else:
@@ -61,11 +60,11 @@ def train(
                 rate = float(trainer.learning_rate(step - 1))
                 task.check(run.log(rate, int(state.nonfinite)))
             if plan.evaluates(step):
-                results = run.evaluate(trainer.evaluate, state.ema)
+                results = run.evaluate(trainer.evaluate, trainer.average(state))
             if plan.saves(step) or run.stopping:
-                run.save(to_parts(state), results if plan.evaluates(step) else {})
+                run.save(trainer.to_parts(state), results if plan.evaluates(step) else {})
         if not results and not run.stopping:  # it was saved without an evaluation, at its end
-            results = run.evaluate(trainer.evaluate, state.ema)
+            results = run.evaluate(trainer.evaluate, trainer.average(state))
         run.finish(results)
     return results
 

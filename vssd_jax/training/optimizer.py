@@ -1,7 +1,10 @@
 """Learning-rate schedules and the optimizer, from the fields of a config."""
 
+import operator
 from collections.abc import Iterable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
@@ -62,9 +65,7 @@ def decayed(model: SplitModel, no_decay: str) -> dict[str, bool]:
         return {name: len(shape) >= 2 for name, shape in shapes.items()}
     if no_decay == "norms":
         return {name: name not in model.norm_parameters for name in shapes}
-    raise UserError(
-        f"unknown no_decay {no_decay!r}{did_you_mean(no_decay, ('vectors', 'norms'))}"
-    )
+    raise UserError(f"unknown no_decay {no_decay!r}{did_you_mean(no_decay, ('vectors', 'norms'))}")
 
 
 def frozen_parts(config: ml_collections.ConfigDict) -> tuple[str, ...]:
@@ -94,9 +95,7 @@ def _build(config: ml_collections.ConfigDict, rngs: nnx.Rngs) -> nnx.Module:
     return family.build(config.model, rngs=rngs, **config.model_options)
 
 
-def layer_rates(
-    config: ml_collections.ConfigDict, names: Iterable[str]
-) -> dict[str, float] | None:
+def layer_rates(config: ml_collections.ConfigDict, names: Iterable[str]) -> dict[str, float] | None:
     """The factor of each parameter's learning rate, by dotted name; None if all are 1.
 
     With L layers before the head, layer i from the input has `layer_decay` ** (L - i) and the head
@@ -127,16 +126,17 @@ def layer_rates(
 def make_optimizer(
     config: ml_collections.ConfigDict,
     schedule: optax.Schedule,
-    mask: dict[str, bool],
-    rates: dict[str, float] | None = None,
+    mask: Any,
+    rates: Any = None,
 ) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay, after clipping by the global norm.
 
     Args:
       config: of the run.
       schedule: the learning rate by step.
-      mask: which parameters have weight decay, see `decayed`.
-      rates: factors of the learning rate, see `layer_rates`.
+      mask: which parameters have weight decay, a tree like them; see `decayed`.
+      rates: factors of the learning rate, a tree like them; see `layer_rates`. None stands for
+        ones.
     """
     b1, b2 = config.betas
     adamw = optax.adamw(
@@ -150,8 +150,6 @@ def make_optimizer(
     parts = [adamw]
     if config.clip_grad_norm:
         parts.insert(0, optax.clip_by_global_norm(config.clip_grad_norm))
-    if rates is not None:
-        parts.append(
-            optax.stateless(lambda updates, _: {n: updates[n] * rates[n] for n in updates})
-        )
+    if any(rate != 1 for rate in jax.tree.leaves(rates)):
+        parts.append(optax.stateless(lambda updates, _: jax.tree.map(operator.mul, updates, rates)))
     return parts[0] if len(parts) == 1 else optax.chain(*parts)

@@ -70,6 +70,15 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(sharding, state)
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of `jax.ShapeDtypeStruct` with these shardings."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
 def device_batches(batches: Iterator[dict], mesh: Mesh) -> Iterator[dict]:
     """Puts batches on the devices, split along the first axis, a few ahead."""
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))

@@ -1,6 +1,7 @@
 """One optimizer step: as a plain function, and compiled with its model, optimizer and devices."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vssd_jax.distributed import say
 from vssd_jax.host import compiler_options
-from vssd_jax.models.split import Arrays, SplitModel
+from vssd_jax.models.split import SplitModel
 from vssd_jax.tasks.protocol import Task
 from vssd_jax.training import report
 from vssd_jax.training.clock import Clock
@@ -24,9 +25,30 @@ from vssd_jax.training.optimizer import (
     make_optimizer,
     make_schedule,
 )
+from vssd_jax.training.packed import (
+    groups_of,
+    join,
+    like,
+    pack_all,
+    per_group,
+    unpack,
+    unpack_all,
+)
 from vssd_jax.training.plan import Plan
-from vssd_jax.training.sharding import check_batch, device_batches, make_mesh, state_shardings
-from vssd_jax.training.state import TrainState, init_state
+from vssd_jax.training.sharding import (
+    check_batch,
+    device_batches,
+    make_mesh,
+    state_shardings,
+    with_shardings,
+)
+from vssd_jax.training.state import (
+    Named,
+    TrainState,
+    from_parts,
+    init_state,
+    to_parts,
+)
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, dict, jax.Array], tuple[TrainState, Metrics]]
@@ -57,26 +79,29 @@ def make_train_step(
     """
 
     def micro_batch_gradient(
-        params: Arrays, batch_stats: Arrays, state: TrainState, batch: dict, key: jax.Array
-    ) -> tuple[Arrays, Arrays, Metrics]:
-        def loss_fn(params: Arrays) -> tuple[jax.Array, tuple[Metrics, Arrays]]:
-            params = {
+        params: Named, batch_stats: Named, state: TrainState, batch: dict, key: jax.Array
+    ) -> tuple[Named, Named, Metrics]:
+        def loss_fn(params: Named) -> tuple[jax.Array, tuple[Metrics, Named]]:
+            arrays = {
                 name: jax.lax.stop_gradient(value) if name in frozen else value
-                for name, value in params.items()
+                for name, value in unpack(params).items()
             }
-            module = model.merge({**params, **batch_stats}, training=True)
-            teacher = model.merge(state.ema, training=False)
+            module = model.merge({**arrays, **unpack(batch_stats)}, training=True)
+
+            def teacher(*args: Any) -> Any:
+                # Put together where it is called: not every step does.
+                return model.merge(unpack(state.ema), training=False)(*args)
+
             value, metrics = loss(
                 module, batch, step=state.step, rngs=nnx.Rngs(key), teacher=teacher
             )
-            return value, ({"loss": value, **metrics}, model.batch_stats(module))
+            stats = like(model.batch_stats(module), batch_stats)
+            return value, ({"loss": value, **metrics}, stats)
 
         gradient, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(params)
         return gradient, batch_stats, metrics
 
-    def gradient_of(
-        state: TrainState, batch: dict, key: jax.Array
-    ) -> tuple[Arrays, Arrays, Metrics]:
+    def gradient_of(state: TrainState, batch: dict, key: jax.Array) -> tuple[Named, Named, Metrics]:
         if accumulate == 1:
             return micro_batch_gradient(state.params, state.batch_stats, state, batch, key)
 
@@ -86,8 +111,8 @@ def make_train_step(
         )
 
         def add(
-            carry: tuple[Arrays, Arrays], inputs: tuple[dict, jax.Array]
-        ) -> tuple[tuple[Arrays, Arrays], Metrics]:
+            carry: tuple[Named, Named], inputs: tuple[dict, jax.Array]
+        ) -> tuple[tuple[Named, Named], Metrics]:
             total, batch_stats = carry
             gradient, batch_stats, metrics = micro_batch_gradient(
                 state.params, batch_stats, state, inputs[0], inputs[1]
@@ -105,16 +130,14 @@ def make_train_step(
         )
         return gradient, batch_stats, metrics
 
-    def train_step(
-        state: TrainState, batch: dict, key: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         gradient, batch_stats, metrics = gradient_of(state, batch, key)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update({**params, **batch_stats}, state.ema, 1 - ema_decay)
+        ema = optax.incremental_update(join(params, batch_stats), state.ema, 1 - ema_decay)
         new = (params, batch_stats, opt_state, ema)
         old = (state.params, state.batch_stats, state.opt_state, state.ema)
         params, batch_stats, opt_state, ema = jax.tree.map(
@@ -142,6 +165,7 @@ class Trainer:
       learning_rate: the schedule, by the number of steps done.
       frozen: names of the parameters that stay as they are.
       abstract: the state's shapes, dtypes and shardings.
+      named: the same, by name as in a checkpoint.
       evaluate: the `Evaluator` of the task and model.
 
     Raises:
@@ -154,23 +178,32 @@ class Trainer:
         self.model = SplitModel(task.build, frozen_parts(config))
         self.evaluate = Evaluator(task, self.model, self.mesh)
         self.learning_rate = make_schedule(config, plan.steps_per_epoch)
-        rates = layer_rates(config, self.model.parameter_shapes)
-        self.frozen = {name for name, rate in (rates or {}).items() if rate == 0}
-        self._optimizer = make_optimizer(
-            config, self.learning_rate, decayed(self.model, config.no_decay), rates
-        )
+        decays = decayed(self.model, config.no_decay)
+        rates = layer_rates(config, self.model.parameter_shapes) or dict.fromkeys(decays, 1.0)
+        self.frozen = {name for name, rate in rates.items() if rate == 0}
         if self.frozen:
             say(f"{len(self.frozen)} of {len(self.model.parameter_shapes)} tensors are frozen")
         self._init_key, self._step_key = jax.random.split(jax.random.key(config.seed))
-        abstract = jax.eval_shape(
-            lambda: init_state(self.model, self._optimizer, self._init_key)
+        params, batch_stats = jax.eval_shape(lambda: self.model.init(self._init_key))
+        shares = self.mesh.shape.get("fsdp", 1)
+        # What is updated alike lies in one vector.
+        groups = groups_of(params, lambda name: (decays[name], rates[name]), multiple=shares)
+        self._groups = groups, groups_of(batch_stats)
+        self._optimizer = make_optimizer(
+            config,
+            self.learning_rate,
+            per_group(groups, lambda key: key[0]),
+            per_group(groups, lambda key: key[1]),
         )
+        abstract = jax.eval_shape(self._init)
         self._shardings = state_shardings(abstract, self.mesh)
-        self.abstract: TrainState = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            abstract,
-            self._shardings,
-        )
+        self.abstract: TrainState = with_shardings(abstract, self._shardings)
+        named = jax.eval_shape(unpack_all, abstract)
+        shardings = state_shardings(named, self.mesh)
+        self.named: TrainState = with_shardings(named, shardings)
+        self._unpack = jax.jit(unpack_all, out_shardings=shardings)
+        self._unpack_average = jax.jit(unpack, out_shardings=shardings.ema)
+        self._pack = jax.jit(lambda named: pack_all(named, abstract), out_shardings=self._shardings)
         self._step = jax.jit(
             make_train_step(
                 self.model,
@@ -187,10 +220,26 @@ class Trainer:
         # By the shapes of the batch: detection has a few.
         self._programs: dict[tuple, jax.stages.Compiled] = {}
 
+    def _init(self, weights: Mapping[str, np.ndarray] | None = None) -> TrainState:
+        return init_state(self.model, self._optimizer, self._init_key, weights, self._groups)
+
     def fresh_state(self, weights: Mapping[str, np.ndarray] | None = None) -> TrainState:
         """The state before the first step, on the devices; see `init_state`."""
-        state = init_state(self.model, self._optimizer, self._init_key, weights)
-        return jax.device_put(state, self._shardings)
+        return jax.device_put(self._init(weights), self._shardings)
+
+    def to_parts(self, state: TrainState) -> dict[str, dict[str, Any]]:
+        """The parts of a checkpoint, arrays of their own; see `state.to_parts`."""
+        with jax.set_mesh(self.mesh):
+            return to_parts(self._unpack(state))
+
+    def from_parts(self, parts: Mapping[str, dict[str, Any]]) -> TrainState:
+        """The inverse of `to_parts`."""
+        return self._pack(from_parts(parts, self.named))
+
+    def average(self, state: TrainState) -> dict[str, jax.Array]:
+        """The averaged parameters and statistics by dotted name."""
+        with jax.set_mesh(self.mesh):
+            return self._unpack_average(state.ema)
 
     def device_batches(self, batches: Iterator[dict]) -> Iterator[dict]:
         """Batches on the devices, a few ahead."""
