@@ -167,6 +167,7 @@ class Trainer:
       abstract: the state's shapes, dtypes and shardings.
       named: the same, by name as in a checkpoint.
       evaluate: the `Evaluator` of the task and model.
+      function: the step before it is compiled, see `make_train_step`.
 
     Raises:
       UserError: a batch that does not divide over the devices, or another invalid field.
@@ -204,15 +205,16 @@ class Trainer:
         self._unpack = jax.jit(unpack_all, out_shardings=shardings)
         self._unpack_average = jax.jit(unpack, out_shardings=shardings.ema)
         self._pack = jax.jit(lambda named: pack_all(named, abstract), out_shardings=self._shardings)
+        self.function = make_train_step(
+            self.model,
+            self._optimizer,
+            task.loss,
+            ema_decay=config.ema_decay,
+            accumulate=config.accumulate,
+            frozen=self.frozen,
+        )
         self._step = jax.jit(
-            make_train_step(
-                self.model,
-                self._optimizer,
-                task.loss,
-                ema_decay=config.ema_decay,
-                accumulate=config.accumulate,
-                frozen=self.frozen,
-            ),
+            self.function,
             donate_argnums=0,
             out_shardings=(self._shardings, NamedSharding(self.mesh, PartitionSpec())),
             compiler_options=compiler_options(),

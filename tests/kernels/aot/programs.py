@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -42,8 +43,12 @@ from vssd_jax.kernels.nc_ssd import nc_ssd_gated, specs
 from vssd_jax.kernels.nc_ssd_mixer import MixerParams, nc_ssd_mixer
 from vssd_jax.kernels.norm_linear import norm_linear
 from vssd_jax.models.vssd import VSSD, VSSDConfig
+from vssd_jax.tasks import make_task
+from vssd_jax.training.plan import make_plan
+from vssd_jax.training.step import Trainer
 
 HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[2]
 KINDS = {
     "sm_80": "NVIDIA A100",
     "sm_89": "NVIDIA GeForce RTX 4090",
@@ -79,22 +84,67 @@ def tracing_for(arch):
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
+LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(([^)]*)\)")
+
+
+def bytes_of(kind):
+    """Of an array or of a tuple of arrays, from its type."""
+    return sum(
+        BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size)
+        for dtype, shape in re.findall(rf"\b({'|'.join(BYTES)})\[([\d,]*)\]", kind)
+    )
+
+
+def names_of(operands):
+    return [operand.strip().split(" ")[-1].lstrip("%") for operand in operands.split(",")]
+
+
+def slices(text):
+    """Fusion -> number of the operand -> bytes read of it, where it is only sliced."""
+    found = {}
+    for computation in re.split(r"\n\n", text):
+        start = re.match(r"%([\w.\-]+) \(", computation)
+        if not start:
+            continue
+        parameters, reads = {}, {}  # by name: the number, also of a converted one; bytes
+        for line in computation.splitlines():
+            match = LINE.match(line)
+            if not match:
+                continue
+            name, kind, op, operands = match.groups()
+            if op == "parameter":
+                parameters[name] = int(operands)
+            for operand in names_of(operands):
+                if operand not in parameters:
+                    continue
+                number = parameters[operand]
+                if op in ("convert", "bitcast"):
+                    parameters[name] = number
+                else:
+                    read = bytes_of(kind) if op == "slice" else math.inf
+                    reads[number] = reads.get(number, 0) + read
+        found[start[1]] = {number: size for number, size in reads.items() if size < math.inf}
+    return found
+
+
 def count(text, images):
     """Kernels, megabytes and transposes of a compiled program, from its text."""
     sizes, kernels, moved, transposes = {}, 0, 0, []
-    line_of = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(([^)]*)\)")
-    for line in text[text.index("ENTRY") :].splitlines():
-        match = line_of.match(line)
+    sliced = slices(text)
+    for line in text[text.index("\nENTRY") :].splitlines():
+        match = LINE.match(line)
         if not match:
             continue
         name, kind, op, operands = match.groups()
-        sizes[name] = sum(
-            BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size)
-            for dtype, shape in re.findall(rf"\b({'|'.join(BYTES)})\[([\d,]*)\]", kind)
-        )
+        sizes[name] = bytes_of(kind)
         if op in FREE:
             continue
-        read = sum(sizes.get(o.strip().split(" ")[-1].lstrip("%"), 0) for o in operands.split(","))
+        called = re.search(r"calls=%([\w.\-]+)", line)
+        parts = sliced.get(called[1], {}) if called else {}
+        read = sum(
+            min(sizes.get(operand, 0), parts.get(number, math.inf))
+            for number, operand in enumerate(names_of(operands))
+        )
         kernels += 1
         moved += read + sizes[name]
         # Small ones are weights.
@@ -256,8 +306,30 @@ def network(name, batch, dtype, direction):
     return forward if direction == "forward" else backward, [params, rest, images]
 
 
+def training_step(path, argument, batch):
+    """The whole step that `train.py` runs with a config, and the shapes of its arguments."""
+    config = runpy.run_path(str(ROOT / "configs" / f"{path}.py"))["get_config"](argument)
+    config.update(batch_size=batch, eval_batch_size=batch, num_classes=1000)
+
+    class Task(type(make_task(config))):
+        train_size = 1_281_167
+
+    trainer = Trainer(Task(config), config, make_plan(config, Task.train_size))
+    side, ints = config.image_size, functools.partial(shape, batch, dtype=jnp.int32)
+    images = {"image": shape(batch, side, side, 3, dtype=jnp.uint8), "erase": ints(4)}
+    batches = images | {"label": ints(), "replaced": ints()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return trainer.function, [trainer.abstract, batches, key]
+
+
 def program(description):
-    """`op NAME DTYPE DIRECTION` or `model NAME DTYPE DIRECTION` -> function, shapes, images."""
+    """What a description stands for -> function, shapes, images.
+
+    `op NAME DTYPE DIRECTION`, `model NAME DTYPE DIRECTION`, or `step CONFIG [ARGUMENT]`.
+    """
+    if description.startswith("step "):
+        _, config, *argument = description.split(" ")
+        return *training_step(config, *(argument or [None]), 128), 128
     kind, *name, dtype, direction = description.split(" ")
     name, dtype, batch = " ".join(name), jnp.dtype(dtype), 128
     if kind == "model":
