@@ -60,11 +60,11 @@ def train(
                 rate = float(trainer.learning_rate(step - 1))
                 task.check(run.log(rate, int(state.nonfinite)))
             if plan.evaluates(step):
-                results = run.evaluate(trainer.evaluate, trainer.average(state))
+                results = run.evaluate(trainer.evaluate, state.ema)
             if plan.saves(step) or run.stopping:
                 run.save(trainer.to_parts(state), results if plan.evaluates(step) else {})
         if not results and not run.stopping:  # it was saved without an evaluation, at its end
-            results = run.evaluate(trainer.evaluate, trainer.average(state))
+            results = run.evaluate(trainer.evaluate, state.ema)
         run.finish(results)
     return results
 

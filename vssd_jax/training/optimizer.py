@@ -1,10 +1,8 @@
 """Learning-rate schedules and the optimizer, from the fields of a config."""
 
-import operator
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
@@ -14,6 +12,7 @@ from vssd_jax.config import total_steps
 from vssd_jax.errors import UserError, did_you_mean
 from vssd_jax.models import family
 from vssd_jax.models.split import SplitModel
+from vssd_jax.training.packed import pack, unpack
 
 
 def make_schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
@@ -126,30 +125,47 @@ def layer_rates(config: ml_collections.ConfigDict, names: Iterable[str]) -> dict
 def make_optimizer(
     config: ml_collections.ConfigDict,
     schedule: optax.Schedule,
-    mask: Any,
-    rates: Any = None,
+    mask: dict[str, bool],
+    rates: dict[str, float] | None = None,
+    *,
+    packed: bool = False,
 ) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay, after clipping by the global norm.
 
     Args:
       config: of the run.
       schedule: the learning rate by step.
-      mask: which parameters have weight decay, a tree like them; see `decayed`.
-      rates: factors of the learning rate, a tree like them; see `layer_rates`. None stands for
-        ones.
+      mask: which parameters have weight decay, see `decayed`.
+      rates: factors of the learning rate, see `layer_rates`.
+      packed: whether gradients are clipped and moments kept as one vector.
     """
-    b1, b2 = config.betas
-    adamw = optax.adamw(
-        schedule,
-        b1=b1,
-        b2=b2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=mask,
+    adamw = optax.chain(
+        _clipped_adam(config, packed),
+        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.scale_by_learning_rate(schedule),
     )
     parts = [adamw]
     if config.clip_grad_norm:
-        parts.insert(0, optax.clip_by_global_norm(config.clip_grad_norm))
-    if any(rate != 1 for rate in jax.tree.leaves(rates)):
-        parts.append(optax.stateless(lambda updates, _: jax.tree.map(operator.mul, updates, rates)))
+        parts.insert(0, optax.identity())  # adamw's place in checkpoints, where clipping was apart
+    if rates is not None:
+        parts.append(
+            optax.stateless(lambda updates, _: {n: updates[n] * rates[n] for n in updates})
+        )
     return parts[0] if len(parts) == 1 else optax.chain(*parts)
+
+
+def _clipped_adam(config: ml_collections.ConfigDict, packed: bool) -> optax.GradientTransformation:
+    b1, b2 = config.betas
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=config.epsilon)
+    limit = config.clip_grad_norm
+    clip = optax.clip_by_global_norm(limit) if limit else optax.identity()
+
+    def init(params: Any) -> Any:
+        return adam.init(pack(params) if packed else params)
+
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        gradient, _ = clip.update(pack(gradient) if packed else gradient, optax.EmptyState())
+        updates, state = adam.update(gradient, state)
+        return unpack(updates) if packed else updates, state
+
+    return optax.GradientTransformation(init, update)

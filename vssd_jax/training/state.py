@@ -10,10 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vssd_jax.models.split import SplitModel
-from vssd_jax.training.packed import Group, join, pack
-
-Named = Any  # arrays by dotted name, or `Packed`
+from vssd_jax.models.split import Arrays, SplitModel
 
 
 @flax.struct.dataclass
@@ -22,17 +19,17 @@ class TrainState:
 
     Attributes:
       step: optimizer steps taken or skipped.
-      params, batch_stats: of the model, by dotted name or packed.
-      opt_state: of the optimizer, whose moments are in the form of params.
+      params, batch_stats: of the model, by dotted name.
+      opt_state: of the optimizer.
       ema: moving average of params and batch_stats together.
       nonfinite: steps skipped in a row for a loss or gradient that was not finite.
     """
 
     step: jax.Array
-    params: Named
-    batch_stats: Named
+    params: Arrays
+    batch_stats: Arrays
     opt_state: Any
-    ema: Named
+    ema: Arrays
     nonfinite: jax.Array
 
 
@@ -41,7 +38,6 @@ def init_state(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     weights: Mapping[str, np.ndarray] | None = None,
-    groups: tuple[tuple[Group, ...], tuple[Group, ...]] | None = None,
 ) -> TrainState:
     """The state before the first step; the average starts at the initialisation.
 
@@ -50,31 +46,24 @@ def init_state(
       optimizer: of its parameters.
       key: of the initialisation.
       weights: take the place of fresh parameters and statistics, by dotted name.
-      groups: of parameters and statistics, to pack them; None leaves them by name.
     """
     weights = weights or {}
-    params: Named
-    batch_stats: Named
     params, batch_stats = (
         {name: jnp.asarray(weights.get(name, value), value.dtype) for name, value in part.items()}
         for part in model.init(key)
     )
-    if groups is not None:
-        params, batch_stats = map(pack, (params, batch_stats), groups)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
         opt_state=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, join(params, batch_stats)),
+        ema=jax.tree.map(jnp.copy, {**params, **batch_stats}),
         nonfinite=jnp.zeros((), jnp.int32),
     )
 
 
 def to_parts(state: TrainState) -> dict[str, dict[str, Any]]:
     """The parts of a checkpoint: "ema", by dotted name, and "train", the rest by tree path.
-
-    Of a state by name, see `vssd_jax.training.packed.unpack_all`.
 
     A checkpoint of names and arrays can be read without the class of the state.
     """

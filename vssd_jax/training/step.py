@@ -1,5 +1,6 @@
 """One optimizer step: as a plain function, and compiled with its model, optimizer and devices."""
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vssd_jax.distributed import say
 from vssd_jax.host import compiler_options
-from vssd_jax.models.split import SplitModel
+from vssd_jax.models.split import Arrays, SplitModel
 from vssd_jax.tasks.protocol import Task
 from vssd_jax.training import report
 from vssd_jax.training.clock import Clock
@@ -25,15 +26,7 @@ from vssd_jax.training.optimizer import (
     make_optimizer,
     make_schedule,
 )
-from vssd_jax.training.packed import (
-    groups_of,
-    join,
-    like,
-    pack_all,
-    per_group,
-    unpack,
-    unpack_all,
-)
+from vssd_jax.training.packed import pack, pack_all, unpack_all
 from vssd_jax.training.plan import Plan
 from vssd_jax.training.sharding import (
     check_batch,
@@ -42,13 +35,7 @@ from vssd_jax.training.sharding import (
     state_shardings,
     with_shardings,
 )
-from vssd_jax.training.state import (
-    Named,
-    TrainState,
-    from_parts,
-    init_state,
-    to_parts,
-)
+from vssd_jax.training.state import TrainState, from_parts, init_state, to_parts
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, dict, jax.Array], tuple[TrainState, Metrics]]
@@ -62,6 +49,7 @@ def make_train_step(
     ema_decay: float,
     accumulate: int = 1,
     frozen: Collection[str] = (),
+    packed: bool = False,
 ) -> TrainStep:
     """One optimizer step, to be compiled by the caller.
 
@@ -72,6 +60,7 @@ def make_train_step(
       ema_decay: of the average, over parameters and statistics alike.
       accumulate: micro-batches whose gradients one step averages.
       frozen: names of parameters that have no gradient.
+      packed: whether to take the norm of the gradient as that of one vector.
 
     Returns:
       `step(state, batch, key) -> (state, metrics)`. A step whose loss or gradient is not finite
@@ -79,29 +68,26 @@ def make_train_step(
     """
 
     def micro_batch_gradient(
-        params: Named, batch_stats: Named, state: TrainState, batch: dict, key: jax.Array
-    ) -> tuple[Named, Named, Metrics]:
-        def loss_fn(params: Named) -> tuple[jax.Array, tuple[Metrics, Named]]:
-            arrays = {
+        params: Arrays, batch_stats: Arrays, state: TrainState, batch: dict, key: jax.Array
+    ) -> tuple[Arrays, Arrays, Metrics]:
+        def loss_fn(params: Arrays) -> tuple[jax.Array, tuple[Metrics, Arrays]]:
+            params = {
                 name: jax.lax.stop_gradient(value) if name in frozen else value
-                for name, value in unpack(params).items()
+                for name, value in params.items()
             }
-            module = model.merge({**arrays, **unpack(batch_stats)}, training=True)
-
-            def teacher(*args: Any) -> Any:
-                # Put together where it is called: not every step does.
-                return model.merge(unpack(state.ema), training=False)(*args)
-
+            module = model.merge({**params, **batch_stats}, training=True)
+            teacher = model.merge(state.ema, training=False)
             value, metrics = loss(
                 module, batch, step=state.step, rngs=nnx.Rngs(key), teacher=teacher
             )
-            stats = like(model.batch_stats(module), batch_stats)
-            return value, ({"loss": value, **metrics}, stats)
+            return value, ({"loss": value, **metrics}, model.batch_stats(module))
 
         gradient, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(params)
         return gradient, batch_stats, metrics
 
-    def gradient_of(state: TrainState, batch: dict, key: jax.Array) -> tuple[Named, Named, Metrics]:
+    def gradient_of(
+        state: TrainState, batch: dict, key: jax.Array
+    ) -> tuple[Arrays, Arrays, Metrics]:
         if accumulate == 1:
             return micro_batch_gradient(state.params, state.batch_stats, state, batch, key)
 
@@ -111,8 +97,8 @@ def make_train_step(
         )
 
         def add(
-            carry: tuple[Named, Named], inputs: tuple[dict, jax.Array]
-        ) -> tuple[tuple[Named, Named], Metrics]:
+            carry: tuple[Arrays, Arrays], inputs: tuple[dict, jax.Array]
+        ) -> tuple[tuple[Arrays, Arrays], Metrics]:
             total, batch_stats = carry
             gradient, batch_stats, metrics = micro_batch_gradient(
                 state.params, batch_stats, state, inputs[0], inputs[1]
@@ -133,11 +119,11 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         gradient, batch_stats, metrics = gradient_of(state, batch, key)
-        norm = optax.tree.norm(gradient)
+        norm = optax.tree.norm(pack(gradient) if packed else gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(join(params, batch_stats), state.ema, 1 - ema_decay)
+        ema = optax.incremental_update({**params, **batch_stats}, state.ema, 1 - ema_decay)
         new = (params, batch_stats, opt_state, ema)
         old = (state.params, state.batch_stats, state.opt_state, state.ema)
         params, batch_stats, opt_state, ema = jax.tree.map(
@@ -165,7 +151,7 @@ class Trainer:
       learning_rate: the schedule, by the number of steps done.
       frozen: names of the parameters that stay as they are.
       abstract: the state's shapes, dtypes and shardings.
-      named: the same, by name as in a checkpoint.
+      named: the same, with the moments by name as in a checkpoint.
       evaluate: the `Evaluator` of the task and model.
       function: the step before it is compiled, see `make_train_step`.
 
@@ -179,32 +165,31 @@ class Trainer:
         self.model = SplitModel(task.build, frozen_parts(config))
         self.evaluate = Evaluator(task, self.model, self.mesh)
         self.learning_rate = make_schedule(config, plan.steps_per_epoch)
-        decays = decayed(self.model, config.no_decay)
-        rates = layer_rates(config, self.model.parameter_shapes) or dict.fromkeys(decays, 1.0)
-        self.frozen = {name for name, rate in rates.items() if rate == 0}
-        if self.frozen:
-            say(f"{len(self.frozen)} of {len(self.model.parameter_shapes)} tensors are frozen")
-        self._init_key, self._step_key = jax.random.split(jax.random.key(config.seed))
-        params, batch_stats = jax.eval_shape(lambda: self.model.init(self._init_key))
-        shares = self.mesh.shape.get("fsdp", 1)
-        # What is updated alike lies in one vector.
-        groups = groups_of(params, lambda name: (decays[name], rates[name]), multiple=shares)
-        self._groups = groups, groups_of(batch_stats)
+        rates = layer_rates(config, self.model.parameter_shapes)
+        self.frozen = {name for name, rate in (rates or {}).items() if rate == 0}
+        # Moments in one vector could not be split over devices as the parameters are.
+        packed = self.mesh.shape.get("fsdp", 1) == 1
         self._optimizer = make_optimizer(
             config,
             self.learning_rate,
-            per_group(groups, lambda key: key[0]),
-            per_group(groups, lambda key: key[1]),
+            decayed(self.model, config.no_decay),
+            rates,
+            packed=packed,
         )
-        abstract = jax.eval_shape(self._init)
+        if self.frozen:
+            say(f"{len(self.frozen)} of {len(self.model.parameter_shapes)} tensors are frozen")
+        self._init_key, self._step_key = jax.random.split(jax.random.key(config.seed))
+        abstract = jax.eval_shape(lambda: init_state(self.model, self._optimizer, self._init_key))
         self._shardings = state_shardings(abstract, self.mesh)
         self.abstract: TrainState = with_shardings(abstract, self._shardings)
         named = jax.eval_shape(unpack_all, abstract)
         shardings = state_shardings(named, self.mesh)
         self.named: TrainState = with_shardings(named, shardings)
-        self._unpack = jax.jit(unpack_all, out_shardings=shardings)
-        self._unpack_average = jax.jit(unpack, out_shardings=shardings.ema)
-        self._pack = jax.jit(lambda named: pack_all(named, abstract), out_shardings=self._shardings)
+        self._unpack = jax.jit(unpack_all, out_shardings=shardings.opt_state)
+        self._pack = jax.jit(
+            lambda named: pack_all(named, abstract.opt_state),
+            out_shardings=self._shardings.opt_state,
+        )
         self.function = make_train_step(
             self.model,
             self._optimizer,
@@ -212,6 +197,7 @@ class Trainer:
             ema_decay=config.ema_decay,
             accumulate=config.accumulate,
             frozen=self.frozen,
+            packed=packed,
         )
         self._step = jax.jit(
             self.function,
@@ -222,26 +208,20 @@ class Trainer:
         # By the shapes of the batch: detection has a few.
         self._programs: dict[tuple, jax.stages.Compiled] = {}
 
-    def _init(self, weights: Mapping[str, np.ndarray] | None = None) -> TrainState:
-        return init_state(self.model, self._optimizer, self._init_key, weights, self._groups)
-
     def fresh_state(self, weights: Mapping[str, np.ndarray] | None = None) -> TrainState:
         """The state before the first step, on the devices; see `init_state`."""
-        return jax.device_put(self._init(weights), self._shardings)
+        state = init_state(self.model, self._optimizer, self._init_key, weights)
+        return jax.device_put(state, self._shardings)
 
     def to_parts(self, state: TrainState) -> dict[str, dict[str, Any]]:
-        """The parts of a checkpoint, arrays of their own; see `state.to_parts`."""
-        with jax.set_mesh(self.mesh):
-            return to_parts(self._unpack(state))
+        """The parts of a checkpoint, see `vssd_jax.training.state.to_parts`."""
+        moments = self._unpack(state.opt_state)
+        return to_parts(dataclasses.replace(state, opt_state=moments))
 
     def from_parts(self, parts: Mapping[str, dict[str, Any]]) -> TrainState:
         """The inverse of `to_parts`."""
-        return self._pack(from_parts(parts, self.named))
-
-    def average(self, state: TrainState) -> dict[str, jax.Array]:
-        """The averaged parameters and statistics by dotted name."""
-        with jax.set_mesh(self.mesh):
-            return self._unpack_average(state.ema)
+        state = from_parts(parts, self.named)
+        return dataclasses.replace(state, opt_state=self._pack(state.opt_state))
 
     def device_batches(self, batches: Iterator[dict]) -> Iterator[dict]:
         """Batches on the devices, a few ahead."""
