@@ -31,7 +31,9 @@ def groups_of(arrays: Arrays) -> tuple[Group, ...]:
     def dtype(name: str) -> str:
         return str(arrays[name].dtype)
 
-    members = [tuple(names) for _, names in itertools.groupby(sorted(arrays, key=dtype), dtype)]
+    # Sorted, as JAX sorts dictionaries: the order in which one was filled must not matter.
+    names = sorted(sorted(arrays), key=dtype)
+    members = [tuple(group) for _, group in itertools.groupby(names, dtype)]
     return tuple(
         Group(names, tuple(tuple(arrays[name].shape) for name in names)) for names in members
     )
