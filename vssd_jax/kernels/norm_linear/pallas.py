@@ -109,7 +109,8 @@ def _backward(
     saved: tuple[Array, ...],
     dparts: tuple[Array, ...],
 ) -> tuple[Array, ...]:
-    return pallas_gradient.gradients(*saved, dparts, epsilon)
+    x, scale, bias, kernel = saved
+    return pallas_gradient.gradients(x, scale, bias, kernel, dparts, epsilon)
 
 
 norm_linear.defvjp(_forward, _backward)

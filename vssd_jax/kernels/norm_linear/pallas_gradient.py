@@ -51,13 +51,13 @@ def _input_kernel(x_ref: Any, *refs: Any, block: int, tile: int, epsilon: float)
         start += width
     x = tiles.load(x_ref, rows, inputs)
     normed, mean, rstd = tiles.standardised(x, inputs, channels, epsilon)
+    tiles.store(moments_ref, mean, 0, rows)
+    tiles.store(moments_ref, rstd, 1, rows)
+    tiles.store(sums_ref, jnp.sum(dy * normed, axis=0), program, 0, inputs)
+    tiles.store(sums_ref, jnp.sum(dy, axis=0), program, 1, inputs)
     dnormed = dy * tiles.load(scale_ref, inputs)[None, :]
     dx = tiles.layer_norm_gradient(dnormed, normed, rstd, channels)
     tiles.store(dx_ref, dx, rows, inputs)
-    tiles.store(sums_ref, jnp.sum(dy * normed, axis=0), program, 0, inputs)
-    tiles.store(sums_ref, jnp.sum(dy, axis=0), program, 1, inputs)
-    tiles.store(moments_ref, mean, 0, rows)
-    tiles.store(moments_ref, rstd, 1, rows)
 
 
 def _weight_kernel(x_ref: Any, *refs: Any, block: int, tile: int, steps: int) -> None:
