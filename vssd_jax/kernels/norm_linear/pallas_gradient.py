@@ -17,9 +17,6 @@ from jax.experimental import pallas as pl
 from vssd_jax.kernels import tiles
 from vssd_jax.kernels.tiles import f32
 
-BLOCK = 64  # rows; twice as many of 256 channels would spill registers
-TILE = 64  # columns of the parts in a step of the first kernel; in the second twice as many
-
 
 def _input_kernel(x_ref: Any, *refs: Any, block: int, tile: int, epsilon: float) -> None:
     """The gradient of x; of scale and bias the sums over the program's rows; mean and 1 / std."""
@@ -121,9 +118,12 @@ def _input_gradient(
     x: Array, scale: Array, kernel: Array, d: tuple[Array, ...], epsilon: float
 ) -> tuple[Array, Array, Array]:
     length, channels = x.shape
-    programs = pl.cdiv(length, BLOCK)
+    # Each program reads the whole kernel, which is a reason for many rows; but twice as many spill
+    # registers, from 128 channels on.
+    block = 64
+    programs = pl.cdiv(length, block)
     dx, sums, moments = tiles.call(
-        functools.partial(_input_kernel, block=BLOCK, tile=TILE, epsilon=epsilon),
+        functools.partial(_input_kernel, block=block, tile=64, epsilon=epsilon),
         "norm_linear_input_gradient",
         (programs,),
         (
@@ -144,7 +144,7 @@ def _weight_gradient(
 ) -> Array:
     length, channels = x.shape
     columns = sum(part.shape[-1] for part in d)
-    block, tile = BLOCK if channels <= 128 else BLOCK // 2, 2 * TILE
+    block, tile = 64 if channels <= 128 else 32, 128  # with more, registers spill
     count = sum(pl.cdiv(part.shape[-1], min(tile, tiles.padded(part.shape[-1]))) for part in d)
     # Some hundred programs, but the sums of chunks are a quarter of what is read at most.
     chunks = max(1, min(384 // count, length // (8 * channels)))
