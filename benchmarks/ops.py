@@ -55,7 +55,7 @@ def operations(model: str, batch: int, dtype):
         yield "depthwise_conv", spec.name, conv, {}
         yield "layer_norm", spec.name, {"x": a["z"], "gate": a["z"], **norm}, {}
 
-        # The other operations of a block in inference.
+        # The other operations of a block; most of these kernels are for inference.
         channels = spec.inner // config.expand
         x = pictures["xbc"][..., :channels]
         columns, wide = spec.inner + spec.width, 4 * channels

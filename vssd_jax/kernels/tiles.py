@@ -73,15 +73,43 @@ def dot(a: Array, b: Array) -> Array:
     return jax.lax.dot(a, b, precision=precision, preferred_element_type=f32)
 
 
-def layer_norm(x: Array, scale_ref: Any, bias_ref: Any, columns: Span, epsilon: float) -> Array:
-    """LayerNorm of the rows of `x`, in two passes and in its dtype; `columns` are its columns."""
-    wide, channels = x.astype(f32), scale_ref.shape[0]
+def mixed_dot(a: Array, b: Array) -> Array:
+    """a @ b in float32, of arrays of which one may be float32 and the other one of 16 bits.
+
+    As in XLA such a product is TF32: float32's range, and no fewer bits than the narrow array has.
+    """
+    if a.dtype == b.dtype:
+        return dot(a, b)
+    return jax.lax.dot(a.astype(f32), b.astype(f32), preferred_element_type=f32)
+
+
+def standardised(
+    x: Array, columns: Span, channels: int, epsilon: float
+) -> tuple[Array, Array, Array]:
+    """`(x - mean) / std` of the rows of `x` in two passes, their mean and 1 / std; in float32.
+
+    `columns` are the columns of `x`, `channels` of them valid.
+    """
+    wide = x.astype(f32)
     mean = jnp.sum(wide, axis=1) / channels
     centred = jnp.where(columns[1][None, :], wide - mean[:, None], 0.0)
     variance = jnp.sum(centred * centred, axis=1) / channels
+    rstd = jax.lax.rsqrt(variance + epsilon)
+    return centred * rstd[:, None], mean, rstd
+
+
+def layer_norm(x: Array, scale_ref: Any, bias_ref: Any, columns: Span, epsilon: float) -> Array:
+    """LayerNorm of the rows of `x`, in two passes and in its dtype; `columns` are its columns."""
+    normed, *_ = standardised(x, columns, scale_ref.shape[0], epsilon)
     scale, bias = (load(ref, columns)[None, :] for ref in (scale_ref, bias_ref))
-    normed = centred * jax.lax.rsqrt(variance + epsilon)[:, None] * scale + bias
-    return normed.astype(x.dtype)
+    return (normed * scale + bias).astype(x.dtype)
+
+
+def layer_norm_gradient(dnormed: Array, normed: Array, rstd: Array, channels: int) -> Array:
+    """From the gradient of `normed`, see `standardised`, the gradient of its `x`."""
+    mean_d = jnp.sum(dnormed, axis=1) / channels
+    mean_dn = jnp.sum(dnormed * normed, axis=1) / channels
+    return rstd[:, None] * (dnormed - mean_d[:, None] - normed * mean_dn[:, None])
 
 
 def call(

@@ -43,20 +43,13 @@ def _kernel(
     def body(step: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         place = tiles.span((program * steps + step) * block, block, rows), columns
         x, dy = (tiles.load(ref, *place).astype(f32) for ref in (x_ref, dy_ref))
-        mean = jnp.sum(x, axis=1) / channels
-        centred = jnp.where(columns[1][None, :], x - mean[:, None], 0.0)
-        variance = jnp.sum(centred * centred, axis=1) / channels
-        rstd = jax.lax.rsqrt(variance + epsilon)[:, None]
-        normed = centred * rstd
+        normed, _, rstd = tiles.standardised(x, columns, channels, epsilon)
         if gated:
             # Rounded, as the forward pass multiplied it with the gate.
             y = (normed * scale + bias).astype(x_ref.dtype).astype(f32)
             tiles.store(dgate_ref[0], dy * y, *place)
             dy *= tiles.load(gate_ref, *place).astype(f32)
-        dnormed = dy * scale
-        mean_d = jnp.sum(dnormed, axis=1) / channels
-        mean_dn = jnp.sum(dnormed * normed, axis=1) / channels
-        tiles.store(dx_ref, rstd * (dnormed - mean_d[:, None] - normed * mean_dn[:, None]), *place)
+        tiles.store(dx_ref, tiles.layer_norm_gradient(dy * scale, normed, rstd, channels), *place)
         dscale, dbias = sums
         return dscale + dy * normed, dbias + dy
 

@@ -9,7 +9,7 @@ OPERATION = dispatch.Operation(
     "norm_linear",
     {
         "pallas": dispatch.Implementation(
-            "vssd_jax.kernels.norm_linear.pallas", dispatch.pallas_triton, backward=False
+            "vssd_jax.kernels.norm_linear.pallas", dispatch.pallas_triton
         ),
         "xla": dispatch.plain("vssd_jax.kernels.norm_linear.xla"),
     },
@@ -39,9 +39,8 @@ def norm_linear(
       widths: columns of each result.
       dtypes: of each result; the products are accumulated in float32 at least.
       epsilon: of the LayerNorm.
-      implementation: "xla", "pallas" (on an NVIDIA GPU, for inference in 16 bits with few
-        channels; its gradient is that of "xla"), or see
-        `vssd_jax.kernels.dispatch.Operation.choose`.
+      implementation: "xla", "pallas" (on an NVIDIA GPU, in 16 bits with few channels; its gradient
+        cannot be differentiated again), or see `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:
       For each width an array (B, ..., width).

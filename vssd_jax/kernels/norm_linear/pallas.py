@@ -1,7 +1,7 @@
-"""LayerNorm and linear layers as one Pallas kernel for NVIDIA GPUs (Triton), for inference.
+"""LayerNorm and linear layers as one Pallas kernel for NVIDIA GPUs (Triton backend).
 
 A program reads a block of tokens once and writes all its products; the normalised tokens stay in
-the registers.
+the registers. The gradients keep nothing but the arguments, see `pallas_gradient.py`.
 """
 
 import functools
@@ -13,6 +13,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from vssd_jax.kernels import dispatch, mesh, tiles
+from vssd_jax.kernels.norm_linear import pallas_gradient
 
 TILE = 64  # columns of the result at a time
 MAX_CHANNELS = 256
@@ -61,12 +62,12 @@ def _kernel(
         start += width
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def norm_linear(
     x: Array,
     scale: Array,
     bias: Array,
     kernel: Array,
-    *,
     widths: tuple[int, ...],
     dtypes: tuple[jax.typing.DTypeLike, ...],
     epsilon: float,
@@ -86,3 +87,30 @@ def norm_linear(
         num_warps=8,
     )
     return tuple(y.reshape(*x.shape[:-1], -1) for y in outputs)
+
+
+def _forward(
+    x: Array,
+    scale: Array,
+    bias: Array,
+    kernel: Array,
+    widths: tuple[int, ...],
+    dtypes: tuple[jax.typing.DTypeLike, ...],
+    epsilon: float,
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    args = (x, scale, bias, kernel)
+    return norm_linear(*args, widths, dtypes, epsilon), args
+
+
+def _backward(
+    widths: tuple[int, ...],
+    dtypes: tuple[jax.typing.DTypeLike, ...],
+    epsilon: float,
+    saved: tuple[Array, ...],
+    dparts: tuple[Array, ...],
+) -> tuple[Array, ...]:
+    x, scale, bias, kernel = saved
+    return pallas_gradient.gradients(x, scale, bias, kernel, dparts, epsilon)
+
+
+norm_linear.defvjp(_forward, _backward)

@@ -1,0 +1,162 @@
+"""The gradients of LayerNorm and linear layers as two Pallas kernels for NVIDIA GPUs (Triton).
+
+The first has some rows of tokens and goes over all columns: the gradient of the normalised tokens,
+and from it that of the tokens, stays in the registers. The second has some columns of the linear
+layers' kernel and goes over a chunk of the rows, which it normalises again, with the mean and the
+deviation that the first one wrote. XLA adds up the sums of programs over rows, in float32.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from vssd_jax.kernels import tiles
+from vssd_jax.kernels.tiles import f32
+
+
+def _input_kernel(x_ref: Any, *refs: Any, block: int, tile: int, epsilon: float) -> None:
+    """The gradient of x; of scale and bias the sums over the program's rows; mean and 1 / std."""
+    *d_refs, scale_ref, kernel_ref, dx_ref, sums_ref, moments_ref = refs
+    length, channels = x_ref.shape
+    program = pl.program_id(0)
+    rows = tiles.span(program * block, block, length)
+    inputs = tiles.span(0, tiles.padded(channels), channels)
+    dy = jnp.zeros((block, inputs[0].size), f32)
+    start = 0
+    for d_ref in d_refs:
+        width = d_ref.shape[-1]
+        size = min(tile, tiles.padded(width))
+
+        def add(
+            i: Array,
+            dy: Array,
+            d_ref: Any = d_ref,
+            start: int = start,
+            width: int = width,
+            size: int = size,
+        ) -> Array:
+            columns, valid = tiles.span(i * size, size, width)
+            d = tiles.load(d_ref, rows, (columns, valid))
+            part = tiles.load(kernel_ref, (start + columns, valid), inputs)
+            return dy + tiles.mixed_dot(d, part)
+
+        dy = jax.lax.fori_loop(0, pl.cdiv(width, size), add, dy)
+        start += width
+    x = tiles.load(x_ref, rows, inputs)
+    normed, mean, rstd = tiles.standardised(x, inputs, channels, epsilon)
+    tiles.store(moments_ref, mean, 0, rows)
+    tiles.store(moments_ref, rstd, 1, rows)
+    tiles.store(sums_ref, jnp.sum(dy * normed, axis=0), program, 0, inputs)
+    tiles.store(sums_ref, jnp.sum(dy, axis=0), program, 1, inputs)
+    dnormed = dy * tiles.load(scale_ref, inputs)[None, :]
+    dx = tiles.layer_norm_gradient(dnormed, normed, rstd, channels)
+    tiles.store(dx_ref, dx, rows, inputs)
+
+
+def _weight_kernel(x_ref: Any, *refs: Any, block: int, tile: int, steps: int) -> None:
+    """A tile of the kernel's columns: the sum over a chunk of rows."""
+    *d_refs, scale_ref, bias_ref, moments_ref, out_ref = refs
+    length, channels = x_ref.shape
+    inputs = tiles.span(0, tiles.padded(channels), channels)
+    scale, bias = (tiles.load(ref, inputs)[None, :] for ref in (scale_ref, bias_ref))
+    program, chunk = pl.program_id(0), pl.program_id(1)
+
+    def accumulate(d_ref: Any, columns: tiles.Span, start: int) -> None:
+        def body(step: Array, acc: Array) -> Array:
+            rows = tiles.span((chunk * steps + step) * block, block, length)
+            x = tiles.load(x_ref, rows, inputs)
+            mean, rstd = (tiles.load(moments_ref, i, rows)[:, None] for i in range(2))
+            # In the order of the forward pass, and rounded as there.
+            normed = ((x.astype(f32) - mean) * rstd * scale + bias).astype(x.dtype)
+            return acc + tiles.mixed_dot(normed.T, tiles.load(d_ref, rows, columns))
+
+        zero = jnp.zeros((inputs[0].size, columns[0].size), f32)
+        acc = jax.lax.fori_loop(0, steps, body, zero)
+        tiles.store(out_ref, acc, chunk, inputs, (start + columns[0], columns[1]))
+
+    first = start = 0
+    for d_ref in d_refs:
+        width = d_ref.shape[-1]
+        size = min(tile, tiles.padded(width))
+        count = pl.cdiv(width, size)
+
+        @pl.when((program >= first) & (program < first + count))
+        def _(
+            d_ref: Any = d_ref,
+            first: int = first,
+            start: int = start,
+            width: int = width,
+            size: int = size,
+        ) -> None:
+            accumulate(d_ref, tiles.span((program - first) * size, size, width), start)
+
+        first += count
+        start += width
+
+
+def gradients(
+    x: Array, scale: Array, bias: Array, kernel: Array, dparts: tuple[Array, ...], epsilon: float
+) -> tuple[Array, Array, Array, Array]:
+    """Of x, scale, bias and kernel, from the gradients of the parts of the result."""
+    rows = x.reshape(-1, x.shape[-1])
+    d = tuple(part.reshape(-1, part.shape[-1]) for part in dparts)
+    dx, (dscale, dbias), moments = _input_gradient(rows, scale, kernel, d, epsilon)
+    dkernel = _weight_gradient(rows, scale, bias, moments, d)
+    return (
+        dx.reshape(x.shape),
+        dscale.astype(scale.dtype),
+        dbias.astype(bias.dtype),
+        dkernel.astype(kernel.dtype),
+    )
+
+
+def _input_gradient(
+    x: Array, scale: Array, kernel: Array, d: tuple[Array, ...], epsilon: float
+) -> tuple[Array, Array, Array]:
+    length, channels = x.shape
+    # Each program reads the whole kernel, which is a reason for many rows; but twice as many spill
+    # registers, from 128 channels on.
+    block = 64
+    programs = pl.cdiv(length, block)
+    dx, sums, moments = tiles.call(
+        functools.partial(_input_kernel, block=block, tile=64, epsilon=epsilon),
+        "norm_linear_input_gradient",
+        (programs,),
+        (
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            jax.ShapeDtypeStruct((programs, 2, channels), f32),
+            jax.ShapeDtypeStruct((2, length), f32),
+        ),
+        # Transposed: its rows are aligned then, those of z|x|B|C|dt are not.
+        (x, *d, scale, kernel.T.astype(x.dtype)),
+        num_warps=4 if channels <= 64 else 8,
+        num_stages=3,
+    )
+    return dx, sums.sum(0), moments
+
+
+def _weight_gradient(
+    x: Array, scale: Array, bias: Array, moments: Array, d: tuple[Array, ...]
+) -> Array:
+    length, channels = x.shape
+    columns = sum(part.shape[-1] for part in d)
+    block, tile = 64 if channels <= 128 else 32, 128  # with more, registers spill
+    count = sum(pl.cdiv(part.shape[-1], min(tile, tiles.padded(part.shape[-1]))) for part in d)
+    # Some hundred programs, but the sums of chunks are a quarter of what is read at most.
+    chunks = max(1, min(384 // count, length // (8 * channels)))
+    steps = pl.cdiv(pl.cdiv(length, block), chunks)
+    chunks = pl.cdiv(length, block * steps)
+    sums = tiles.call(
+        functools.partial(_weight_kernel, block=block, tile=tile, steps=steps),
+        "norm_linear_weight_gradient",
+        (count, chunks),
+        jax.ShapeDtypeStruct((chunks, channels, columns), f32),
+        (x, *d, scale, bias, moments),
+        num_warps=8,
+        num_stages=3,
+    )
+    return sums.sum(0)
