@@ -130,6 +130,7 @@ def slices(text):
 def count(text, images):
     """Kernels, megabytes and transposes of a compiled program, from its text."""
     sizes, kernels, moved, transposes = {}, 0, 0, []
+    text = re.sub(r"/\*index=\d+\*/", "", text)  # before every fifth operand
     sliced = slices(text)
     for line in text[text.index("\nENTRY") :].splitlines():
         match = LINE.match(line)
