@@ -8,9 +8,7 @@ from vssd_jax.types import Array, Float
 OPERATION = dispatch.Operation(
     "mlp",
     {
-        "pallas": dispatch.Implementation(
-            "vssd_jax.kernels.mlp.pallas", dispatch.pallas_triton, backward=False
-        ),
+        "pallas": dispatch.Implementation("vssd_jax.kernels.mlp.pallas", dispatch.pallas_triton),
         "xla": dispatch.plain("vssd_jax.kernels.mlp.xla"),
     },
     parts=(layer_norm.OPERATION, linear.OPERATION, gelu.OPERATION, add_branch.OPERATION),
@@ -43,9 +41,9 @@ def mlp(
       branch_scale: (B,) or None, see `vssd_jax.kernels.add_branch.api.add_branch`.
       params: see `MLPParams`.
       epsilon: of the LayerNorm.
-      implementation: "xla", "pallas" (on an NVIDIA GPU, for inference in 16 bits with few
-        channels; its gradient is that of "xla"), or see
-        `vssd_jax.kernels.dispatch.Operation.choose`.
+      implementation: "xla", "pallas" (on an NVIDIA GPU, in 16 bits with few channels; kernels for
+        the gradient, which cannot be differentiated again, with half as many, else it is that of
+        "xla"), or see `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:
       As `x`, in its dtype; accumulated in float32 at least.
