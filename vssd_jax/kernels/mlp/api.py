@@ -8,7 +8,10 @@ from vssd_jax.types import Array, Float
 OPERATION = dispatch.Operation(
     "mlp",
     {
-        "pallas": dispatch.Implementation("vssd_jax.kernels.mlp.pallas", dispatch.pallas_triton),
+        # Beyond the sizes that it takes, XLA loses little: nothing to announce.
+        "pallas": dispatch.Implementation(
+            "vssd_jax.kernels.mlp.pallas", dispatch.pallas_triton, announced=False
+        ),
         "xla": dispatch.plain("vssd_jax.kernels.mlp.xla"),
     },
     parts=(layer_norm.OPERATION, linear.OPERATION, gelu.OPERATION, add_branch.OPERATION),
