@@ -75,7 +75,8 @@ def arguments(operation, dtype=jnp.float32, batch=2):
         case "mlp":
             branch = (wide(20, 80) / 20**0.5, wide(80), wide(80, 20) / 80**0.5, wide(20))
             params = mlp.MLPParams(*norm(20).values(), *branch)
-            return {"x": narrow(3, 20), "params": params}, {"branch_scale": None, "epsilon": 1e-5}
+            scale = 0.5 + jnp.arange(batch, dtype=jnp.float32)
+            return {"x": narrow(3, 20), "branch_scale": scale, "params": params}, {"epsilon": 1e-5}
         case "norm_linear":
             options = {"widths": (33, 5), "dtypes": (dtype, jnp.float32), "epsilon": 1e-5}
             return {"x": narrow(7, 20), **norm(20), "kernel": wide(20, 38)}, options

@@ -179,6 +179,7 @@ class Implementation:
       partitioned: whether XLA can divide it among devices. If not, the dispatcher runs it on each
         device's part of the batch. (An implementation with `forward=False` does so itself.)
       automatic: whether `implementation=None` may choose it.
+      announced: whether it is logged where a GPU has to go without it.
     """
 
     module: str
@@ -188,6 +189,7 @@ class Implementation:
     plain: bool = False
     partitioned: bool = False
     automatic: bool = True
+    announced: bool = True
 
 
 def plain(module: str, runs_on: Callable[[Target], str | None] = anywhere) -> Implementation:
@@ -285,7 +287,7 @@ class Operation:
                     _log_once(f"{self.name} falls back to XLA: {'; '.join(reasons)}")
                 return name
             # A kernel for inference is a shortcut; that training takes the longer way is normal.
-            if row.backward and not row.plain:
+            if row.announced and row.backward and not row.plain:
                 reasons.append(f"{name!r} cannot run, {reason}")
         raise AssertionError(f"{self.name}: 'xla' runs everywhere")
 

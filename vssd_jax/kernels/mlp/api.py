@@ -8,8 +8,9 @@ from vssd_jax.types import Array, Float
 OPERATION = dispatch.Operation(
     "mlp",
     {
+        # Beyond the sizes that it takes, XLA loses little: nothing to announce.
         "pallas": dispatch.Implementation(
-            "vssd_jax.kernels.mlp.pallas", dispatch.pallas_triton, backward=False
+            "vssd_jax.kernels.mlp.pallas", dispatch.pallas_triton, announced=False
         ),
         "xla": dispatch.plain("vssd_jax.kernels.mlp.xla"),
     },
@@ -43,9 +44,9 @@ def mlp(
       branch_scale: (B,) or None, see `vssd_jax.kernels.add_branch.api.add_branch`.
       params: see `MLPParams`.
       epsilon: of the LayerNorm.
-      implementation: "xla", "pallas" (on an NVIDIA GPU, for inference in 16 bits with few
-        channels; its gradient is that of "xla"), or see
-        `vssd_jax.kernels.dispatch.Operation.choose`.
+      implementation: "xla", "pallas" (on an NVIDIA GPU in 16 bits, up to 256 channels; up to 128
+        with a gradient of its own, which cannot be differentiated again, and beyond with that of
+        "xla"), or see `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:
       As `x`, in its dtype; accumulated in float32 at least.
