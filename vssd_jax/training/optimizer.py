@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
@@ -166,6 +167,9 @@ def _clipped_adam(config: ml_collections.ConfigDict, packed: bool) -> optax.Grad
     def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         gradient, _ = clip.update(pack(gradient) if packed else gradient, optax.EmptyState())
         updates, state = adam.update(gradient, state)
-        return unpack(updates) if packed else updates, state
+        if packed:
+            # The barrier keeps XLA from computing the vector again for each of its slices.
+            updates = unpack(jax.lax.optimization_barrier(updates))
+        return updates, state
 
     return optax.GradientTransformation(init, update)

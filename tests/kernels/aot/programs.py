@@ -100,29 +100,33 @@ def names_of(operands):
 
 
 def slices(text):
-    """Fusion -> number of the operand -> bytes read of it, where it is only sliced."""
+    """Fusion -> number of the operand -> bytes read of it, where slices alone are computed."""
     found = {}
     for computation in re.split(r"\n\n", text):
         start = re.match(r"%([\w.\-]+) \(", computation)
         if not start:
             continue
-        parameters, reads = {}, {}  # by name: the number, also of a converted one; bytes
+        # By name: the operands that are as large as this value, element by element.
+        whole, sizes, elements, reads = {}, {}, {}, {}
         for line in computation.splitlines():
             match = LINE.match(line)
             if not match:
                 continue
             name, kind, op, operands = match.groups()
+            shape = re.match(r"\w+\[([\d,]*)\]", kind)
+            elements[name] = math.prod(int(n) for n in shape[1].split(",") if n) if shape else 0
             if op == "parameter":
-                parameters[name] = int(operands)
+                whole[name], sizes[int(operands)] = {int(operands)}, bytes_of(kind)
             for operand in names_of(operands):
-                if operand not in parameters:
-                    continue
-                number = parameters[operand]
-                if op in ("convert", "bitcast"):
-                    parameters[name] = number
-                else:
-                    read = bytes_of(kind) if op == "slice" else math.inf
-                    reads[number] = reads.get(number, 0) + read
+                for number in whole.get(operand, ()):
+                    if op == "slice":
+                        part = sizes[number] * elements[name] / elements[operand]
+                    elif elements[name] == elements[operand] and "ROOT" not in line:
+                        whole.setdefault(name, set()).add(number)
+                        continue
+                    else:
+                        part = math.inf
+                    reads[number] = reads.get(number, 0) + part
         found[start[1]] = {number: size for number, size in reads.items() if size < math.inf}
     return found
 
