@@ -28,7 +28,7 @@ from vssd_jax.kernels.tiles import Span, f32
 # With more, reading both kernels for every block of tokens costs more than the hidden layer saves.
 MAX_CHANNELS = 256
 # With more, the gradients of the weights of a few hidden units fill the registers, and computing
-# the hidden layer again takes longer; the gradient is then that of "xla".
+# the hidden layer in both kernels takes longer; the backward pass is then that of "xla".
 MAX_GRADIENT_CHANNELS = 128
 PROGRAMS = 256  # for the gradients of the weights: a GPU is occupied, and partial sums are few
 
@@ -300,6 +300,9 @@ def _backward(
     epsilon: float, saved: tuple[Array, Array | None, MLPParams], dy: Array
 ) -> tuple[Array, Array | None, MLPParams]:
     x, branch_scale, params = saved
+    if x.shape[-1] > MAX_GRADIENT_CHANNELS:
+        # The hidden layer again here too: that moves less than to keep it from the forward pass.
+        return jax.vjp(functools.partial(xla.mlp, epsilon=epsilon), *saved)[1](dy)
     args = x, dy, branch_scale, _narrow(params, x.dtype), epsilon
     dx, dbranch_scale, (dscale, dbias, db2) = _input_gradient(*args)
     dw1, db1, dw2 = _weight_gradient(*args)
@@ -312,8 +315,4 @@ _mlp.defvjp(_forward, _backward)
 
 def mlp(x: Array, branch_scale: Array | None, params: MLPParams, *, epsilon: float) -> Array:
     """See `vssd_jax.kernels.mlp.api.mlp`."""
-    if x.shape[-1] <= MAX_GRADIENT_CHANNELS:
-        return _mlp(x, branch_scale, params, epsilon)
-    kernel = functools.partial(_on_device, epsilon=epsilon)
-    plain = functools.partial(xla.mlp, epsilon=epsilon)
-    return dispatch.for_inference(kernel, plain)(x, branch_scale, params)
+    return _mlp(x, branch_scale, params, epsilon)
