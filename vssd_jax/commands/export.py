@@ -56,11 +56,12 @@ def main() -> None:
             raise UserError(
                 f"--format onnx needs the extra onnx: pip install -e '.[onnx]' ({error})"
             ) from error
-        said = module.export_onnx(
+        module.export_onnx(
             WEIGHTS.value, OUTPUT.value, part=PART.value, size=size, dtype=DTYPE.value
         )
-    else:
-        said = export_stablehlo(
+        return
+    print(
+        export_stablehlo(
             WEIGHTS.value,
             OUTPUT.value,
             part=PART.value,
@@ -69,8 +70,7 @@ def main() -> None:
             input_dtype=INPUT.value,
             platforms=PLATFORMS.value,
         )
-    if said:
-        print(said)
+    )
 
 
 def run() -> None:
