@@ -165,11 +165,11 @@ def _clipped_adam(config: ml_collections.ConfigDict, packed: bool) -> optax.Grad
         return adam.init(pack(params) if packed else params)
 
     def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        gradient, _ = clip.update(pack(gradient) if packed else gradient, optax.EmptyState())
-        updates, state = adam.update(gradient, state)
         if packed:
-            # The barrier keeps XLA from computing the vector again for each of its slices.
-            updates = unpack(jax.lax.optimization_barrier(updates))
-        return updates, state
+            # The barrier keeps XLA from putting the vector together again for each of its slices.
+            gradient = jax.lax.optimization_barrier(pack(gradient))
+        gradient, _ = clip.update(gradient, optax.EmptyState())
+        updates, state = adam.update(gradient, state)
+        return unpack(updates) if packed else updates, state
 
     return optax.GradientTransformation(init, update)
