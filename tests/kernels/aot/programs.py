@@ -5,9 +5,9 @@
 
 needs the packages `jax-cuda12-plugin` and `jax-cuda12-pjrt` (no CUDA libraries). It prints a line
 of JSON for each program: kernels, bytes (operands and results of every kernel, per image),
-transposes and, for a single operation where NVIDIA's `ptxas` is found, the Pallas kernels whose
-registers spill. XLA's own Triton compiles the Pallas kernels, so that lowering errors and shared
-memory that overflows show here. GEMMs are what XLA chooses without measuring.
+temporary memory, transposes and, for a single operation where NVIDIA's `ptxas` is found, the Pallas
+kernels whose registers spill. XLA's own Triton compiles the Pallas kernels, so that lowering errors
+and shared memory that overflows show here. GEMMs are what XLA chooses without measuring.
 """
 
 import functools
@@ -350,6 +350,7 @@ def measured(arch, description):
         look = ptxas() and description.startswith("op")
         compiled = compile_for(arch, f, avals, **({"xla_dump_to": folder} if look else {}))
         figures = count(compiled.as_text(), images)
+        figures["temporary_megabytes"] = round(compiled.memory_analysis().temp_size_in_bytes / 1e6)
         return figures | {"spills": spills(folder) if look else None}
 
 
@@ -360,8 +361,10 @@ def record(archs):
     for arch in archs:
         for description in recorded[arch]:
             figures = measured(arch, description)
-            kept = {name: figures[name] for name in ("kernels", "megabytes_per_image")}
-            recorded[arch][description] = kept
+            kept = ["kernels", "megabytes_per_image"]
+            if not description.startswith("op "):
+                kept.append("temporary_megabytes")
+            recorded[arch][description] = {name: figures[name] for name in kept}
             path.write_text(json.dumps(recorded, indent=2) + "\n")
             print(arch, description, figures, flush=True)
 

@@ -51,3 +51,5 @@ def test_compiled_programs(arch):
         assert line["kernels"] <= figures["kernels"], program
         # A hundredth: rounding, and what the compiler adds for scratch.
         assert line["megabytes_per_image"] <= 1.01 * figures["megabytes_per_image"], program
+        most = figures.get("temporary_megabytes", line["temporary_megabytes"])
+        assert line["temporary_megabytes"] <= 1.02 * most, program
