@@ -271,5 +271,5 @@ def test_vssd_tiny_is_jit_bit_for_bit(tmp_path):
     weights = write(tmp_path / "weights", "vssd_tiny", 1000, {})
     file = tmp_path / "model.zip"
     export_stablehlo(weights, file)
-    cases = [[images(1, 224, 224)], [images(2, 160, 256)]]
+    cases = [[images(1, 224, 224)], [images(2, 160, 256)], [images(7, 64, 96)]]
     assert_equal_to_jit(tmp_path, weights, file, cases)
