@@ -23,7 +23,7 @@ def test_a_classifier():
     card = ModelCard(text)
     assert card.data.license == "apache-2.0"
     assert card.data.pipeline_tag == "image-classification"
-    assert card.data.library_name == "vssd_jax"
+    assert card.data.to_dict()["library_name"] == "vssd_jax"
     assert {"vssd_jax", "jax"} <= set(card.data.tags)
     assert card.data.model_name == "pets"
     results = {result.metric_name: result for result in card.data.eval_results}
