@@ -67,6 +67,33 @@ def _grid(axes: tuple[int | Array | Span, ...]) -> tuple[tuple, Array]:
     return tuple(index), jnp.broadcast_to(mask, tuple(axis[0].size for axis in spans))
 
 
+def fold_columns(
+    f: Callable[[Any, Span, int, Any], Any], carry: Any, refs: tuple[Any, ...], tile: int
+) -> Any:
+    """`carry = f(ref, columns, start, carry)` for each tile of the columns of arrays side by side.
+
+    `start` is the number of columns in the arrays before `ref`.
+    """
+    start = 0
+    for ref in refs:
+        width = ref.shape[-1]
+        size = min(tile, padded(width))
+
+        def body(
+            i: Array,
+            carry: Any,
+            ref: Any = ref,
+            start: int = start,
+            size: int = size,
+            width: int = width,
+        ) -> Any:
+            return f(ref, span(i * size, size, width), start, carry)
+
+        carry = jax.lax.fori_loop(0, pl.cdiv(width, size), body, carry)
+        start += width
+    return carry
+
+
 def dot(a: Array, b: Array) -> Array:
     """a @ b in float32; products of float32 inputs are full float32, not TF32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == f32 else None

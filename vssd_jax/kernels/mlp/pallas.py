@@ -138,17 +138,10 @@ def _input_gradient_kernel(
     dnormed, *dots = jax.lax.fori_loop(0, pl.cdiv(hidden, tile), body, carry)
 
     # Read again, from a cache: kept until here they would fill the registers.
-    wide, dy = (tiles.load(ref, rows, columns).astype(f32) for ref in (x_ref, dy_ref))
-    mean = jnp.sum(wide, axis=1) / channels
-    centred = jnp.where(columns[1][None, :], wide - mean[:, None], 0.0)
-    variance = jnp.sum(centred * centred, axis=1) / channels
-    rstd = jax.lax.rsqrt(variance + epsilon)[:, None]
-    unit = centred * rstd
+    x, dy = (tiles.load(ref, rows, columns).astype(f32) for ref in (x_ref, dy_ref))
+    unit, _, rstd = tiles.standardised(x, columns, channels, epsilon)
     dunit = dnormed * tiles.load(scale_ref, columns)[None, :]
-    mean_d = jnp.sum(dunit, axis=1) / channels
-    mean_du = jnp.sum(dunit * unit, axis=1) / channels
-    dx = dy + rstd * (dunit - mean_d[:, None] - unit * mean_du[:, None])
-    tiles.store(dx_ref, dx, rows, columns)
+    tiles.store(dx_ref, dy + tiles.layer_norm_gradient(dunit, unit, rstd, channels), rows, columns)
     if factor is not None:
         b2 = tiles.load(b2_ref, columns)[None, :]
         tiles.store(dots_ref[0], dots[0] + jnp.sum(dy * b2, axis=1), rows)

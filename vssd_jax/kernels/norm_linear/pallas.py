@@ -41,25 +41,12 @@ def _kernel(
     inputs = tiles.span(0, tiles.padded(channels), channels)
     x = tiles.load(x_ref, rows, inputs)
     normed = tiles.layer_norm(x, scale_ref, bias_ref, inputs, epsilon)
-    start = 0
-    for out_ref in out_refs:
-        width = out_ref.shape[-1]
-        tile = min(TILE, tiles.padded(width))
 
-        def write(
-            i: Array,
-            _: None,
-            out_ref: Any = out_ref,
-            start: int = start,
-            width: int = width,
-            tile: int = tile,
-        ) -> None:
-            columns, valid = tiles.span(i * tile, tile, width)
-            part = tiles.load(kernel_ref, inputs, (start + columns, valid))
-            tiles.store(out_ref, tiles.dot(normed, part), rows, (columns, valid))
+    def write(out_ref: Any, columns: tiles.Span, start: int, _: None) -> None:
+        part = tiles.load(kernel_ref, inputs, (start + columns[0], columns[1]))
+        tiles.store(out_ref, tiles.dot(normed, part), rows, columns)
 
-        jax.lax.fori_loop(0, pl.cdiv(width, tile), write, None)
-        start += width
+    tiles.fold_columns(write, None, out_refs, TILE)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

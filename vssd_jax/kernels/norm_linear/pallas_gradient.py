@@ -25,27 +25,13 @@ def _input_kernel(x_ref: Any, *refs: Any, block: int, tile: int, epsilon: float)
     program = pl.program_id(0)
     rows = tiles.span(program * block, block, length)
     inputs = tiles.span(0, tiles.padded(channels), channels)
-    dy = jnp.zeros((block, inputs[0].size), f32)
-    start = 0
-    for d_ref in d_refs:
-        width = d_ref.shape[-1]
-        size = min(tile, tiles.padded(width))
 
-        def add(
-            i: Array,
-            dy: Array,
-            d_ref: Any = d_ref,
-            start: int = start,
-            width: int = width,
-            size: int = size,
-        ) -> Array:
-            columns, valid = tiles.span(i * size, size, width)
-            d = tiles.load(d_ref, rows, (columns, valid))
-            part = tiles.load(kernel_ref, (start + columns, valid), inputs)
-            return dy + tiles.mixed_dot(d, part)
+    def add(d_ref: Any, columns: tiles.Span, start: int, dy: Array) -> Array:
+        part = tiles.load(kernel_ref, (start + columns[0], columns[1]), inputs)
+        return dy + tiles.mixed_dot(tiles.load(d_ref, rows, columns), part)
 
-        dy = jax.lax.fori_loop(0, pl.cdiv(width, size), add, dy)
-        start += width
+    zero = jnp.zeros((block, inputs[0].size), f32)
+    dy = tiles.fold_columns(add, zero, tuple(d_refs), tile)
     x = tiles.load(x_ref, rows, inputs)
     normed, mean, rstd = tiles.standardised(x, inputs, channels, epsilon)
     tiles.store(moments_ref, mean, 0, rows)
