@@ -21,19 +21,25 @@ def test_batch_norm_keeps_pytorchs_statistics(x64):
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    drop = DropPath(0.3)
-    scale = np.asarray(drop(4000, nnx.Rngs(dropout=0)))
+    drop = DropPath([0.0, 0.3])
+    first, drawn = drop(4000, nnx.Rngs(dropout=0))
+    assert first is None
+    scales = np.asarray(drawn)
+    assert scales.shape == (2, 4000)
     x, branch = jnp.ones((4000, 2, 2)), jnp.full((4000, 2, 2), 3.0)
-    expected = np.broadcast_to((1 + 3 * scale)[:, None, None], x.shape)
-    scaled = add_branch(x, branch, jnp.asarray(scale))
-    np.testing.assert_allclose(scaled, expected, rtol=1e-6)
-    kept = scale > 0
-    np.testing.assert_allclose(scale[kept], 1 / 0.7, rtol=1e-6)
-    assert abs(kept.mean() - 0.7) < 3 * (0.3 * 0.7 / 4000) ** 0.5
+    kept = scales > 0
+    np.testing.assert_allclose(scales[kept], 1 / 0.7, rtol=1e-6)
+    for scale, here in zip(scales, kept, strict=True):
+        expected = np.broadcast_to((1 + 3 * scale)[:, None, None], x.shape)
+        scaled = add_branch(x, branch, jnp.asarray(scale))
+        np.testing.assert_allclose(scaled, expected, rtol=1e-6)
+        assert abs(here.mean() - 0.7) < 3 * (0.3 * 0.7 / 4000) ** 0.5
+    # A block's branches are dropped independently of each other: both stay with probability 0.49.
+    assert abs(kept.all(0).mean() - 0.49) < 3 * (0.49 * 0.51 / 4000) ** 0.5
     with pytest.raises(ValueError, match="rngs"):
         drop(1, None)
     drop.eval()
-    assert drop(9, None) is None
+    assert drop(9, None) == [None, None]
     assert (add_branch(x, branch, None) == 4).all()
 
 

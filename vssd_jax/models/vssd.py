@@ -421,7 +421,6 @@ class Block(nnx.Module):
         self,
         config: VSSDConfig,
         stage: int,
-        drop_path: float,
         *,
         implementation: str | None,
         precision: Precision,
@@ -441,15 +440,13 @@ class Block(nnx.Module):
         self.cpe2 = DepthwiseConv(channels, residual=True, **options)
         self.norm2 = LayerNorm(channels, **norm_options)
         self.mlp = MLP(channels, **options)
-        self.drop_path = DropPath(drop_path)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], rngs: nnx.Rngs | None = None
+        self, x: Float[Array, "B H W C"], branch_scales: Float[Array, "2 B"] | None = None
     ) -> Float[Array, "B H W C"]:
-        x = self.cpe1(x)
-        x = self.mixer(x, self.norm1.params, self.drop_path(x.shape[0], rngs))
-        x = self.cpe2(x)
-        return self.mlp(x, self.norm2.params, self.drop_path(x.shape[0], rngs))
+        mixer_scale, mlp_scale = (None, None) if branch_scales is None else branch_scales
+        x = self.mixer(self.cpe1(x), self.norm1.params, mixer_scale)
+        return self.mlp(self.cpe2(x), self.norm2.params, mlp_scale)
 
 
 class Stage(nnx.Module):
@@ -459,7 +456,6 @@ class Stage(nnx.Module):
         self,
         config: VSSDConfig,
         stage: int,
-        drop_paths: list[float],
         *,
         remat: bool,
         implementation: str | None,
@@ -469,19 +465,21 @@ class Stage(nnx.Module):
         options: dict[str, Any] = {
             "implementation": implementation, "precision": precision, "rngs": rngs,
         }  # fmt: skip
-        self.blocks = nnx.List([Block(config, stage, rate, **options) for rate in drop_paths])
+        depth = config.depths[stage]
+        self.blocks = nnx.List([Block(config, stage, **options) for _ in range(depth)])
         self.remat = remat
         self.deterministic = False
         downsample = {"conv": ConvDownsample, "patch": PatchDownsample}[config.downsample]
         self.downsample = downsample(config.widths[stage], **options) if stage < 3 else None
 
     def __call__(
-        self, x: Float[Array, "B H W C"], rngs: nnx.Rngs | None = None
+        self, x: Float[Array, "B H W C"], branch_scales: list[Float[Array, "2 B"] | None]
     ) -> Float[Array, "B H W C"]:
         """Returns the output of the last block; `downsample` is left to the caller."""
         remat = self.remat and not self.deterministic  # evaluation has no backward pass
-        for block in self.blocks:
-            x = nnx.remat(Block.__call__)(block, x, rngs) if remat else block(x, rngs)
+        call = nnx.remat(Block.__call__) if remat else Block.__call__
+        for block, scales in zip(self.blocks, branch_scales, strict=True):
+            x = call(block, x, scales)
         return x
 
 
@@ -518,12 +516,10 @@ class VSSD(nnx.Module):
         self.widths = config.widths
         stem = {"conv": ConvStem, "patch": PatchStem}[config.stem]
         self.stem = stem(config.embed_dim, **options)
-        rates = np.linspace(0, config.drop_path, sum(config.depths)).tolist()
-        self.stages: nnx.List[Stage] = nnx.List()
-        for stage, depth in enumerate(config.depths):
-            first = sum(config.depths[:stage])
-            stage_rates = rates[first : first + depth]
-            self.stages.append(Stage(config, stage, stage_rates, remat=remat, **options))
+        self.drop_path = DropPath(np.linspace(0, config.drop_path, sum(config.depths)).tolist())
+        self.stages = nnx.List(
+            [Stage(config, stage, remat=remat, **options) for stage in range(len(config.depths))]
+        )
         if num_classes is None:
             self.out_norms = nnx.List([LayerNorm(width, **norm_options) for width in self.widths])
         else:
@@ -544,10 +540,14 @@ class VSSD(nnx.Module):
           Four arrays (B, ceil(H/s), ceil(W/s), C * s/4) for s = 4, 8, 16, 32.
         """
         check_images(images)
+        scales = self.drop_path(images.shape[0], rngs)
         x = self.stem(images.astype(self.precision.compute))
-        maps = []
+        maps: list[jax.Array] = []
+        first = 0
         for stage in self.stages:
-            x = stage(x, rngs)
+            last = first + len(stage.blocks)
+            x = stage(x, scales[first:last])
+            first = last
             maps.append(x)
             if stage.downsample is not None:
                 x = stage.downsample(x)

@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from vssd_jax.kernels import dispatch
 from vssd_jax.kernels.silu import silu
 
 ACTIVATIONS = {None: lambda y: y, "silu": silu, "relu": jax.nn.relu}
+MIDDLE = np.array([0, 0, 0, 0, 1, 0, 0, 0, 0], np.float32).reshape(3, 3, 1)  # its tap
 Gradients = Callable[[Array, Array, Array, int, bool], tuple[Array, Array, Array]]
 
 
@@ -117,7 +119,7 @@ def _backward(
         # Compute it once: all taps of both gradients read it.
         dconv = jax.lax.optimization_barrier(dconv.astype(x.dtype))
     if residual and activation is None:  # the residual adds one to the tap in the middle
-        wide = kernel.astype(_acc(x)).at[1, 1].add(1)
+        wide = kernel.astype(_acc(x)) + MIDDLE
         dx, dkernel, dbias = gradients(x, dconv, wide, stride, relu_input)
     else:
         dx, dkernel, dbias = gradients(x, dconv, kernel, stride, relu_input)
