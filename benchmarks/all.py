@@ -113,7 +113,7 @@ def markdown(lines: list[dict]) -> str:
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
         machine = ", ".join(str(line["machine"][key]) for key in ABOUT if line["machine"][key])
-        groups.setdefault((machine, line["benchmark"]), []).append(line["row"] | shown(line))
+        groups.setdefault((machine, line["benchmark"]), []).append(shown(line) | line["row"])
     text, last = [], None
     for (machine, benchmark), rows in groups.items():
         if machine != last:

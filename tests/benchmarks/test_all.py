@@ -46,7 +46,7 @@ def test_parts_that_fail_or_hang_are_recorded_and_the_others_go_on(tmp_path):
     assert read(output)[-1]["row"]["last line"] == "not begun"
     text = markdown(read(output))
     assert text.count("On a card, a CPU, 1.0, 2026-01-01:") == 1
-    assert "| task | ms | batch |\n| --- | --- | --- |\n| a | 1.235 | 2 |" in text
+    assert "| batch | task | ms |\n| --- | --- | --- |\n| 2 | a | 1.235 |" in text
 
 
 def test_table_of_a_file(tmp_path):
