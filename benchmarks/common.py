@@ -5,13 +5,14 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from vssd_jax.host import compiler_options, prepare_cpu
@@ -28,6 +29,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument("--rounds", type=int, default=5, help="timed rounds; the median counts")
     result.add_argument("--seconds", type=float, default=1.0, help="least length of a round")
     result.add_argument("--json", type=Path, help="file for the results")
+    result.add_argument("--lines", type=Path,
+                        help="file to which each result is added as soon as it is there")
     return result
 
 
@@ -53,7 +56,18 @@ def machine() -> dict:
         "load_average": os.getloadavg()[0],
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Of this checkout, with a + where files differ; empty where there is no Git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    root = Path(__file__).parents[1]
+    try:
+        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def measure(calls: dict, *, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -112,34 +126,6 @@ def inference_step(model: nnx.Module):
     return jax.jit(step, compiler_options=compiler_options()), state
 
 
-def training_step(model: nnx.Module):
-    """A jitted `(state, images, labels, key) -> state`: gradients, clipping, AdamW.
-
-    Returns the step and its first state. The state is donated.
-    """
-    model.train()
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(5.0), optax.adamw(1e-4, weight_decay=0.05)
-    )
-
-    def step(state, images, labels, key):
-        params, rest, opt_state = state
-
-        def loss_fn(params):
-            model = nnx.merge(graphdef, params, rest, copy=True)
-            logits = model(images, rngs=nnx.Rngs(dropout=key))
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            return loss, nnx.state(model, nnx.Not(nnx.Param))
-
-        grads, rest = jax.grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), rest, opt_state
-
-    step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
-    return step, (params, rest, optimizer.init(params))
-
-
 def batch(size: int, image_size: int, *, classes: int = 1000, dtype=jnp.float32):
     """Random images (B, S, S, 3) and labels (B,)."""
     rng = np.random.default_rng(0)
@@ -161,10 +147,29 @@ def table(rows: list[dict]) -> str:
     )
 
 
-def add(rows: list[dict], row: dict) -> None:
-    """Appends the row and prints it: something to see while the others are measured."""
+def add(rows: list[dict], row: dict, options: argparse.Namespace) -> None:
+    """Appends the row and prints it: something to see while the others are measured.
+
+    With --lines it is also added to that file, as a line of JSON with what it was measured on.
+    """
     rows.append(row)
     print(table([row]).splitlines()[-1].strip(), flush=True)
+    if options.lines:
+        name = Path(sys.argv[0]).stem
+        write_line(options.lines, {"benchmark": name, "row": row, "options": settings(options)})
+
+
+def write_line(path: Path, content: dict, about: dict | None = None) -> None:
+    """Adds a line of JSON to a file, with the machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({**content, "machine": about or machine()}) + "\n")
+
+
+def settings(options: argparse.Namespace) -> dict:
+    """The options that say what was measured, for JSON."""
+    return {key: str(value) if isinstance(value, Path) else value
+            for key, value in vars(options).items() if key not in ("json", "lines")}
 
 
 def report(options: argparse.Namespace, rows: list[dict], **more) -> None:
@@ -173,9 +178,7 @@ def report(options: argparse.Namespace, rows: list[dict], **more) -> None:
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(table(rows))
     if options.json:
-        settings = {key: str(value) if isinstance(value, Path) else value
-                    for key, value in vars(options).items() if key != "json"}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": about, "options": settings, "rows": rows, **more}
+        content = {"machine": about, "options": settings(options), "rows": rows, **more}
         options.json.write_text(json.dumps(content, indent=2) + "\n")
         print(f"wrote {options.json}")

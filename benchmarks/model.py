@@ -1,7 +1,12 @@
-"""Images a second of inference and of a whole training step, with the peak of memory.
+"""Images a second of inference and of the training step of `train.py`, with the peak of memory.
 
     python -m benchmarks.model --model tiny --batch 128 --dtype bfloat16     # GPU
+    python -m benchmarks.model --config mask_rcnn:tiny,1x --batch 2          # GPU
     python -m benchmarks.model                        # CPU: nano, 64 pixels, 4 images, float32
+
+A training step is all that a run does with a batch on the device: augmentation, loss, gradients,
+clipping, AdamW, moving average, guard. Inference is a classifier's logits, or what `eval.py`
+computes with a detector or segmentor. The pictures are made up, see `benchmarks.real_step`.
 """
 
 import statistics
@@ -9,33 +14,48 @@ import statistics
 import jax
 from flax import nnx
 
-from benchmarks import common
+from benchmarks import common, real_step
+from vssd_jax.host import compiler_options
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 
 
-def call_of(task, model, *, batch, image_size, dtype, implementation, depth, remat=False):
+def inference(config):
+    """The compiled program, and its arguments."""
+    if config.task == "classification":
+        architecture = getattr(VSSDConfig, config.model.removeprefix("vssd_"))()
+        infer, weights = common.inference_step(
+            VSSD(
+                architecture,
+                dtype=config.dtype,
+                implementation=config.implementation,
+                rngs=nnx.Rngs(0),
+            )
+        )
+        images, _ = common.batch(config.eval_batch_size, config.image_size, dtype=config.dtype)
+        return infer.lower(weights, images).compile(), (weights, images)
+    predict, trainer, batch = real_step.prediction(config)
+    arguments = trainer.fresh_state().ema, jax.device_put(batch)
+    step = jax.jit(predict, compiler_options=compiler_options())
+    return step.lower(*arguments).compile(), arguments
+
+
+def call_of(task, config, depth):
     """A timed call of "inference" or "training", and the compiled program behind it."""
-    config = getattr(VSSDConfig, model)()
-    images, labels = common.batch(batch, image_size, dtype=dtype)
-
-    model = VSSD(
-        config, dtype=dtype, implementation=implementation, remat=remat, rngs=nnx.Rngs(0)
-    )
     if task == "inference":
-        infer, weights = common.inference_step(model)
-        infer = infer.lower(weights, images).compile()
+        infer, arguments = inference(config)
 
-        def inference():
+        def call():
             for _ in range(depth):
-                logits = infer(weights, images)
-            logits.block_until_ready()
+                outputs = infer(*arguments)
+            jax.block_until_ready(outputs)
 
-        return inference, infer
+        return call, infer
 
-    train, state = common.training_step(model)
-    key = jax.random.key(0)
-    train = train.lower(state, images, labels, key).compile()
-    return common.pipelined(lambda s: train(s, images, labels, key), state, depth=depth), train
+    trainer, batch = real_step.training(config)
+    state, key = trainer.fresh_state(), jax.random.key(0)
+    batch = next(trainer.device_batches(iter([batch])))
+    train = trainer.program(state, batch)
+    return common.pipelined(lambda state: train(state, batch, key)[0], state, depth=depth), train
 
 
 def program_memory(compiled) -> int:
@@ -49,9 +69,24 @@ def program_memory(compiled) -> int:
     )
 
 
+def configs(options):
+    """Names, configs and batch sizes of what is to be measured."""
+    fields = {"implementation": options.implementation, "remat": options.remat}
+    for batch in options.batch:
+        sizes = {"batch_size": batch, "eval_batch_size": batch}
+        for name in options.config or []:
+            yield name, real_step.config_of(name, **fields, **sizes), batch
+        for model in () if options.config else options.model:
+            for size in options.image_size:
+                of_model = {"model": f"vssd_{model}", "image_size": size, "dtype": options.dtype}
+                yield model, real_step.config_of("tiny", **of_model, **fields, **sizes), batch
+
+
 def main():
     parser = common.parser(__doc__)
     parser.add_argument("--model", nargs="+", default=["tiny"])
+    parser.add_argument("--config", nargs="+", help="of configs/, such as upernet:tiny, in place "
+                        "of models; with its own model, image size and dtype")
     parser.add_argument("--batch", type=int, nargs="+", default=[128])
     parser.add_argument("--image-size", type=int, nargs="+", default=[224])
     parser.add_argument("--dtype", default="bfloat16")
@@ -63,39 +98,42 @@ def main():
     options = common.parse(
         parser, model=["nano"], batch=[4], image_size=[64], dtype="float32"
     )
-    depth = options.depth or (10 if jax.default_backend() == "gpu" else 1)
+    options.depth = options.depth or (10 if jax.default_backend() == "gpu" else 1)
     # Copy bandwidth: bytes decide, so that the share of it says how near the end is.
     from benchmarks.ops import bandwidth
 
-    options.depth = depth
     roofline = bandwidth(options)
 
     rows = []
-    for model in options.model:
-        for image_size in options.image_size:
-            for batch in options.batch:
-                for task in options.tasks:
-                    call, compiled = call_of(
-                        task, model, batch=batch, image_size=image_size, dtype=options.dtype,
-                        implementation=options.implementation, depth=depth, remat=options.remat,
-                    )  # fmt: skip
-                    times = common.measure(
-                        {task: call}, rounds=options.rounds, seconds=options.seconds
-                    )[task]
-                    seconds = statistics.median(times) / depth
-                    cost = compiled.cost_analysis() or {}
-                    moved = cost.get("bytes accessed", float("nan"))
-                    common.add(rows, {
-                        "model": model,
-                        "image size": image_size,
-                        "batch": batch,
-                        "task": task,
-                        "images/s": batch / seconds,
-                        "memory MB": program_memory(compiled) / 1e6,
-                        "MB accessed an image": moved / batch / 1e6,
-                        "share of copy bandwidth": moved / seconds / roofline,
-                    })
+    for name, config, batch in configs(options):
+        for task in options.tasks:
+            call, compiled = call_of(task, config, options.depth)
+            times = common.measure(
+                {task: call}, rounds=options.rounds, seconds=options.seconds
+            )[task]
+            seconds = statistics.median(times) / options.depth
+            cost = compiled.cost_analysis() or {}
+            moved = cost.get("bytes accessed", float("nan"))
+            common.add(rows, {
+                "model": name,
+                "image size": image_size(config),
+                "batch": batch,
+                "dtype": config.dtype,
+                "task": task,
+                "images/s": batch / seconds,
+                "ms": 1e3 * seconds,
+                "memory MB": program_memory(compiled) / 1e6,
+                "MB accessed an image": moved / batch / 1e6,
+                "share of copy bandwidth": moved / seconds / roofline,
+            }, options)
     common.report(options, rows, copy_bytes_per_second=roofline)
+
+
+def image_size(config) -> str:
+    """Height and width of the pictures of a batch."""
+    if config.task == "detection":
+        return "x".join(map(str, config.padded_shapes[0]))
+    return f"{config.image_size}x{config.image_size}"
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def main():
                     "ms": 1e3 * seconds,
                     "times xla": common.median_ratio(times["xla"], values),
                     "share of copy bandwidth": moved / seconds / roofline,
-                })
+                }, options)
     common.report(options, rows, copy_bytes_per_second=roofline)
 
 

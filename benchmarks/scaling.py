@@ -63,7 +63,7 @@ def main():
                 "ms": 1e3 * seconds,
                 "memory MB": program_memory(compiled) / 1e6,
                 "exponent of time": growth,  # 1: linear in the tokens since the row above
-            })
+            }, options)
     common.report(options, rows)
 
 

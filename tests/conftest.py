@@ -13,8 +13,6 @@ import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
-import tests.shapes  # noqa: F401 - the import hook takes it by name
-
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VSSD_JAX_CACHE"] = ""  # no test writes to the user's folders
 if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -54,6 +52,8 @@ def pytest_configure(config):
         if jax.default_backend() != "gpu":
             pytest.exit("`pytest -m gpu` needs a GPU that JAX finds", returncode=2)
     else:
+        import tests.shapes  # noqa: F401 - the import hook takes it by name
+
         os.environ["JAX_PLATFORMS"] = "cpu"
         # Shapes in annotations are checked whenever these functions are called; not on a GPU, where
         # Triton compiles functions from their source.

@@ -227,6 +227,12 @@ class Trainer:
         """Batches on the devices, a few ahead."""
         return device_batches(batches, self.mesh)
 
+    def program(self, state: TrainState, batch: dict) -> jax.stages.Compiled:
+        """The step compiled for batches of these shapes: `(state, batch, key)`; donates `state`."""
+        # Kernels read from the mesh in the context how the batch is sharded.
+        with jax.set_mesh(self.mesh):
+            return self._step.lower(state, batch, self._step_key).compile()
+
     def step(self, state: TrainState, batch: dict, clock: Clock) -> tuple[TrainState, Metrics]:
         """One step; `state` is donated. `clock` is paused while a program is compiled.
 
@@ -235,9 +241,8 @@ class Trainer:
         """
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if shapes not in self._programs:
-            # Kernels read from the mesh in the context how the batch is sharded.
-            with clock.paused(), jax.set_mesh(self.mesh):
-                program = self._step.lower(state, batch, self._step_key).compile()
+            with clock.paused():
+                program = self.program(state, batch)
             report.announce(program)
             self._programs[shapes] = program
         return self._programs[shapes](state, batch, self._step_key)

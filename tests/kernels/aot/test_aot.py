@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -32,21 +33,35 @@ def why_not():
     return None
 
 
+WHOLE = ("step ", "predict ")
+
+
 @pytest.mark.parametrize("arch", list(RECORDED))
 def test_compiled_programs(arch):
+    check(arch, [program for program in RECORDED[arch] if not program.startswith(WHOLE)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", list(RECORDED))
+def test_whole_steps(arch):
+    check(arch, [program for program in RECORDED[arch] if program.startswith(WHOLE)])
+
+
+def check(arch, programs):
     """Fewer kernels or bytes: record them. More: something has come apart."""
-    if why_not():
-        pytest.skip(why_not())
-    recorded = RECORDED[arch]
+    if why_not() or not programs:
+        pytest.skip(why_not() or "none is recorded")
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(HERE / "programs.py"), arch, *recorded]
+    command = [sys.executable, str(HERE / "programs.py"), arch, *programs]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = {line["program"]: line for line in map(json.loads, run.stdout.splitlines())}
-    assert set(found) == set(recorded)
-    for program, figures in recorded.items():
-        line = found[program]
-        assert not line["transposes"], f"{program} transposes {line['transposes']}"
+    assert set(found) == set(programs)
+    for program in programs:
+        line, figures = found[program], RECORDED[arch][program]
+        # RoIAlign, and resizing in UperNet, transpose for their products.
+        transposes = [] if re.search("mask_rcnn|upernet", program) else line["transposes"]
+        assert not transposes, f"{program} transposes {transposes}"
         assert not line["spills"], f"{program} spills registers: {line['spills']}"
         assert line["kernels"] <= figures["kernels"], program
         # A hundredth: rounding, and what the compiler adds for scratch.
