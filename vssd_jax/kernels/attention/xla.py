@@ -4,15 +4,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from vssd_jax.kernels import products
+
 
 def attention(qkv: Array, *, heads: int) -> Array:
     """See `vssd_jax.kernels.attention.api.attention`."""
     batch, length, width = qkv.shape
-    acc = jnp.promote_types(qkv.dtype, jnp.float32)
-    q, k, v = split(qkv, heads)
-    scores = jnp.einsum("blhp,bmhp->bhlm", q, k, preferred_element_type=acc)
+    q, k, v = (jnp.swapaxes(part, 1, 2) for part in split(qkv, heads))  # (B, heads, L, P)
+    scores = products.matmul(q, k, transpose="right")
     probabilities = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
-    y = jnp.einsum("bhlm,bmhp->blhp", probabilities, v, preferred_element_type=acc)
+    y = jnp.swapaxes(products.matmul(probabilities, v), 1, 2)
     return y.astype(qkv.dtype).reshape(batch, length, width // 3)
 
 

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from vssd_jax.kernels import dispatch
+from vssd_jax.kernels import dispatch, products
 
 
 @jax.custom_vjp
 def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
     """See `vssd_jax.kernels.linear.api.linear`."""
     acc = jnp.promote_types(x.dtype, jnp.float32)
-    y = jnp.matmul(_rows(x), kernel.astype(x.dtype), preferred_element_type=acc)
+    y = products.matmul(_rows(x), kernel.astype(x.dtype))
     if bias is not None:
         y = y + bias.astype(acc)
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
@@ -63,6 +63,8 @@ MANY_ROWS = 4096
 
 def _input_gradient(dy: Array, kernel: Array) -> Array:
     """`dy kernel.T`: (R, D), (C, D) -> (R, C)."""
+    if products.narrow_on_cpu(dy):
+        return products.matmul(dy, kernel, transpose="right").astype(dy.dtype)
     kernel = kernel.T
     if dispatch.target().platform == "cpu" and len(dy) >= MANY_ROWS:
         kernel = jax.lax.optimization_barrier(kernel)
@@ -71,7 +73,7 @@ def _input_gradient(dy: Array, kernel: Array) -> Array:
 
 def _kernel_gradient(x: Array, dy: Array) -> Array:
     """`x.T dy`: (R, C), (R, D) -> (C, D), in float32 at least."""
-    if dispatch.target().platform == "cpu" and len(x) >= MANY_ROWS and x.shape[1] > dy.shape[1]:
+    wide_on_cpu = dispatch.target().platform == "cpu" and not products.narrow_on_cpu(x)
+    if wide_on_cpu and len(x) >= MANY_ROWS and x.shape[1] > dy.shape[1]:
         return jax.lax.optimization_barrier(_kernel_gradient(dy, x)).T
-    acc = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.matmul(x.T, dy, preferred_element_type=acc)
+    return products.matmul(x, dy, transpose="left")

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from vssd_jax.kernels import products
 from vssd_jax.kernels.layer_norm import layer_norm
 
 
@@ -27,8 +28,8 @@ def nc_ssd(
     weighted = by_group(weighted, head_dim)
     b, c = (by_group(t, t.shape[-1] // groups) for t in (b, c))
     # The state is a sum over all tokens, hence the wide accumulator.
-    state = jnp.einsum("bln,bld->bnd", b, weighted, preferred_element_type=acc)
-    y = jnp.einsum("bln,bnd->bld", c, state.astype(c.dtype), preferred_element_type=acc)
+    state = products.matmul(b, weighted, transpose="left")
+    y = products.matmul(c, state.astype(c.dtype))
     y = jnp.moveaxis(y.reshape(batch, groups, length, -1, head_dim), 1, 3).reshape(x.shape)
     y = y + jnp.repeat(d, head_dim).astype(acc) * x.astype(acc)
     return y.astype(x.dtype)
