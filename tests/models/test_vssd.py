@@ -18,7 +18,7 @@ from tests.golden_model import (
     relative_error,
     run,
 )
-from vssd_jax.models.layers import DropPath, Precision
+from vssd_jax.models.layers import DropPath, Precision, compute_dtypes
 from vssd_jax.models.vssd import VSSD, Stage, VSSDConfig
 
 SLOW = pytest.mark.slow  # built of the same blocks as the others
@@ -91,6 +91,25 @@ def test_state_is_float32_whatever_the_dtype():
     leaves = jax.tree.leaves(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
     assert leaves
     assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("mixer", ["ncssd", "ssd", "attention"])
+def test_kernels_rounded_beforehand_change_nothing(mixer):
+    config = dataclasses.replace(VSSDConfig.nano(), depths=(1, 0, 0, 1), mixers=(mixer,) * 4)
+    model = VSSD(config, num_classes=3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model.eval()
+    images = eager_images()
+    expected = model(images)
+    rounded = compute_dtypes(model)
+    names = {f"stages.0.blocks.0.mlp.fc{i}.kernel" for i in (1, 2)} | {"head.kernel"}
+    assert names <= rounded.keys()
+    assert set(rounded.values()) == {jnp.dtype("bfloat16")}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if (name := ".".join(map(str, path))) in rounded:
+            variable.set_value(variable[...].astype(rounded[name]))
+            nnx.update(model, nnx.from_flat_state([(path, variable)]))
+    assert model.head.kernel[...].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(model(images), expected)
 
 
 def test_the_graph_is_hashable():

@@ -429,6 +429,18 @@ def norm_parameters(model: nnx.Module) -> set[str]:
     }
 
 
+def compute_dtypes(model: nnx.Module) -> dict[str, jax.typing.DTypeLike]:
+    """The parameters that their layers only use rounded to the compute dtype, and that dtype.
+
+    By dotted name. Inference may keep them so: the results are the same, bit for bit.
+    """
+    return {
+        ".".join(map(str, (*path, "kernel"))): module.precision.compute
+        for path, module in nnx.iter_graph(model)
+        if isinstance(module, Linear)
+    }
+
+
 # --- Stochastic depth and dropout ---------------------------------------------------------------
 
 
