@@ -7,8 +7,8 @@ hidden layer again. The first, for the gradients of the tokens, is laid out as t
 program of the second holds the gradients of the weights of some hidden units, while all tokens of
 its chunk pass by.
 
-Programs share nothing but their inputs, so that results repeat bit for bit. XLA adds up the sums
-of the programs.
+Programs share nothing but their inputs, so that results repeat bit for bit. A last kernel adds up
+the sums of the programs.
 """
 
 import functools
@@ -215,7 +215,7 @@ def _arrays(*arrays: Array | None) -> tuple[Array, ...]:
 def _input_gradient(
     x: Array, dy: Array, branch_scale: Array | None, params: MLPParams, epsilon: float
 ) -> tuple[Array, Array | None, Array]:
-    """Gradients of x, of branch_scale, and (3, C) of scale, bias and b2."""
+    """Gradients of x, of branch_scale, and in parts (programs, 3, C) of scale, bias and b2."""
     channels, sizes = x.shape[-1], _sizes(x, branch_scale)
     rows = x.size // channels
     block = 128 if channels <= 64 else 64
@@ -233,13 +233,13 @@ def _input_gradient(
         num_warps=8,
     )
     dbranch_scale = dots[0].reshape(len(x), -1).sum(1) if dots else None
-    return dx.reshape(x.shape), dbranch_scale, sums.sum(0)
+    return dx.reshape(x.shape), dbranch_scale, sums
 
 
 def _weight_gradient(
     x: Array, dy: Array, branch_scale: Array | None, params: MLPParams, epsilon: float
 ) -> tuple[Array, Array, Array]:
-    """Gradients of w1, b1 and w2."""
+    """Gradients of w1 transposed, b1 and w2, in parts (chunks, ...)."""
     scale, bias, w1, b1, w2, _ = params
     channels, hidden = w1.shape
     # The largest sizes whose registers do not spill on any of the GPUs of the tests.
@@ -248,7 +248,7 @@ def _weight_gradient(
     steps = pl.cdiv(blocks, max(1, PROGRAMS // parts))
     chunks = pl.cdiv(blocks, steps)
     sizes = _sizes(x, branch_scale)
-    dw1t, db1, dw2 = tiles.call(
+    return tiles.call(
         functools.partial(
             _weight_gradient_kernel, block=block, steps=steps, tile=tile, epsilon=epsilon, **sizes
         ),
@@ -262,7 +262,6 @@ def _weight_gradient(
         num_warps=warps,
         num_stages=stages,
     )
-    return dw1t.sum(0).T, db1.sum(0), dw2.sum(0)
 
 
 def _on_device(x: Array, branch_scale: Array | None, params: MLPParams, epsilon: float) -> Array:
@@ -297,9 +296,9 @@ def _backward(
         # The hidden layer again here too: that moves less than to keep it from the forward pass.
         return jax.vjp(functools.partial(xla.mlp, epsilon=epsilon), *saved)[1](dy)
     args = x, dy, branch_scale, _narrow(params, x.dtype), epsilon
-    dx, dbranch_scale, (dscale, dbias, db2) = _input_gradient(*args)
-    dw1, db1, dw2 = _weight_gradient(*args)
-    found = dbranch_scale, MLPParams(dscale, dbias, dw1, db1, dw2, db2)
+    dx, dbranch_scale, parts = _input_gradient(*args)
+    (dscale, dbias, db2), dw1t, db1, dw2 = tiles.sum_parts(parts, *_weight_gradient(*args))
+    found = dbranch_scale, MLPParams(dscale, dbias, dw1t.T, db1, dw2, db2)
     return dx, *jax.tree.map(lambda d, p: d.astype(p.dtype), found, (branch_scale, params))
 
 
