@@ -329,16 +329,17 @@ def states(
     """Sums over the tokens: (B, heads, N, P) in `dtype`, accumulated in float32."""
     batch, chunks = args[0].shape[0], pl.cdiv(sizes.length, sizes.chunk)
     shape = (batch, chunks, sizes.heads, sizes.state, sizes.head_dim)
+    part_dtype = f32 if chunks > 1 else dtype
     # Heads on the first, fastest axis: they read the same B and C at the same time.
     parts = tiles.call(
         functools.partial(kernel, sizes=sizes),
         name,
         (sizes.heads, chunks, batch),
-        jax.ShapeDtypeStruct(shape, f32),
+        jax.ShapeDtypeStruct(shape, part_dtype),
         args,
         **{"num_warps": sizes.warps, **options},
     )
-    return parts.sum(1).astype(dtype)
+    return parts.sum(1).astype(dtype) if chunks > 1 else parts[:, 0]
 
 
 def _state(xbc: Array, token_weights: Array, sizes: Sizes) -> Array:
