@@ -160,7 +160,7 @@ def sum_parts(*parts: Array) -> list[Array]:
         (sum(counts),),
         tuple(jax.ShapeDtypeStruct(array.shape[1:], f32) for array in arrays),
         tuple(arrays),
-        num_warps=8,
+        num_warps=4,
     )
     return [total.reshape(part.shape[1:]) for total, part in zip(sums, parts, strict=True)]
 

@@ -27,7 +27,7 @@ def _input_kernel(
     program = pl.program_id(0)
     inputs = tiles.span(0, tiles.padded(channels), channels)
 
-    def body(step: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+    def body(step: int | Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
         rows = tiles.span((program * steps + step) * block, block, length)
 
         def add(d_ref: Any, columns: tiles.Span, start: int, dy: Array) -> Array:
@@ -40,14 +40,16 @@ def _input_kernel(
         normed, mean, rstd = tiles.standardised(x, inputs, channels, epsilon)
         tiles.store(moments_ref, mean, 0, rows)
         tiles.store(moments_ref, rstd, 1, rows)
+        dscale, dbias = sums
+        sums = dscale + jnp.sum(dy * normed, axis=0), dbias + jnp.sum(dy, axis=0)
         dnormed = dy * tiles.load(scale_ref, inputs)[None, :]
         dx = tiles.layer_norm_gradient(dnormed, normed, rstd, channels)
         tiles.store(dx_ref, dx, rows, inputs)
-        dscale, dbias = sums
-        return dscale + jnp.sum(dy * normed, axis=0), dbias + jnp.sum(dy, axis=0)
+        return sums
 
     zero = jnp.zeros(inputs[0].size, f32)
-    sums = jax.lax.fori_loop(0, steps, body, (zero, zero))
+    # A loop takes registers, be it of a single step.
+    sums = body(0, (zero, zero)) if steps == 1 else jax.lax.fori_loop(0, steps, body, (zero, zero))
     for place, values in enumerate(sums):
         tiles.store(sums_ref, values, program, place, inputs)
 
