@@ -293,19 +293,19 @@ def _gradient_kernel(
         db, dc = carry
         head = i * sizes.groups + group
         columns = sizes.x_columns(head)
-        x = _load_xbc(xbc_ref, sizes, batch, rows, columns)
         dy = tiles.load(dy_ref, batch, rows, columns)
-        state = load_state(state_ref, sizes, batch, head)
+        dc = dc + tiles.dot(dy, load_state(state_ref, sizes, batch, head).T)
+        x = _load_xbc(xbc_ref, sizes, batch, rows, columns)
         dstate = load_state(dstate_ref, sizes, batch, head)
         w, wide_x, wide_dy = tiles.load(w_ref, batch, rows, head), x.astype(f32), dy.astype(f32)
+        dd_ref[batch, block, head] = jnp.sum(jnp.sum(wide_x * wide_dy, axis=1), axis=0)
+        db = db + tiles.dot((w[:, None] * wide_x).astype(x.dtype), dstate.T)
         dweighted = tiles.dot(b, dstate)
+        tiles.store(dw_ref, jnp.sum(wide_x * dweighted, axis=1), batch, rows, head)
         dx = w[:, None] * dweighted + d_ref[head].astype(f32) * wide_dy
         dx = _before_silu(dx, xbc_ref, sizes, batch, rows, columns)
         tiles.store(dxbc_ref, dx, batch, rows, columns)
-        tiles.store(dw_ref, jnp.sum(wide_x * dweighted, axis=1), batch, rows, head)
-        dd_ref[batch, block, head] = jnp.sum(jnp.sum(wide_x * wide_dy, axis=1), axis=0)
-        db = db + tiles.dot((w[:, None] * wide_x).astype(x.dtype), dstate.T)
-        return db, dc + tiles.dot(dy, state.T)
+        return db, dc
 
     zero = jnp.zeros((sizes.tokens, sizes.padded_state), f32)
     db, dc = jax.lax.fori_loop(0, sizes.heads // sizes.groups, body, (zero, zero))
