@@ -96,8 +96,8 @@ def _forward_kernel(
 
     def body(i: Array, acc: Array) -> Array:
         part = tiles.span(i * tile, tile, hidden)
-        h = tiles.dot(normed, tiles.load(w1_ref, columns, part))
-        h = gelu(h + tiles.load(b1_ref, part)[None, :])
+        b1 = tiles.load(b1_ref, part)[None, :]
+        h = gelu(tiles.dot(normed, tiles.load(w1_ref, columns, part)) + b1)
         return acc + tiles.dot(h.astype(x.dtype), tiles.load(w2_ref, part, columns))
 
     acc = jnp.zeros((block, columns[0].size), f32)
