@@ -454,7 +454,7 @@ def _gated_forward(
 
 def _gated_backward(
     inner: int, groups: int, epsilon: float, silu: bool, saved: tuple[Array, ...], dout: Array
-) -> tuple[Array, ...]:
+) -> tuple[Array | None, ...]:
     xbc, token_weights, d, z, scale, bias, state = saved
     sizes = Sizes.of(xbc, token_weights, inner, groups, silu)
     # Compute y from the state again: one kernel, instead of an array kept from the forward pass.
