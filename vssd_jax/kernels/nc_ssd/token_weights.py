@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from vssd_jax.kernels import dispatch
+from vssd_jax.kernels import dispatch, mesh
 from vssd_jax.types import Array, Float
 
 
@@ -41,6 +41,17 @@ def _backward(
     sign: int, saved: tuple[jax.Array, ...], dweights: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     dt, bias, a_log, weights = saved
+    f = functools.partial(_on_device, sign=sign)
+    # XLA divides a sum of two arrays among devices, but gathers what each of them has.
+    ddt, dbias, da_log = mesh.over_batch(f, (dt, weights, dweights), (bias, a_log))
+    return ddt, dbias.sum(0), da_log.sum(0)
+
+
+def _on_device(
+    batched: tuple[jax.Array, ...], shared: tuple[jax.Array, jax.Array], *, sign: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradient of dt, and those of bias and a_log (1, heads)."""
+    (dt, weights, dweights), (bias, a_log) = batched, shared
     ddt = dweights * sign * jnp.exp(a_log) * jax.nn.sigmoid(dt + bias)
     dbias, da_log = jax.lax.reduce(
         (ddt, dweights * weights),
@@ -48,7 +59,7 @@ def _backward(
         lambda a, b: (a[0] + b[0], a[1] + b[1]),
         tuple(range(dt.ndim - 1)),
     )
-    return ddt, dbias, da_log
+    return ddt, dbias[None], da_log[None]
 
 
 _token_weights.defvjp(_forward, _backward)
