@@ -298,13 +298,13 @@ def _gradient_kernel(
         x = _load_xbc(xbc_ref, sizes, batch, rows, columns)
         dstate = load_state(dstate_ref, sizes, batch, head)
         w, wide_x, wide_dy = tiles.load(w_ref, batch, rows, head), x.astype(f32), dy.astype(f32)
-        dd_ref[batch, block, head] = jnp.sum(jnp.sum(wide_x * wide_dy, axis=1), axis=0)
         db = db + tiles.dot((w[:, None] * wide_x).astype(x.dtype), dstate.T)
         dweighted = tiles.dot(b, dstate)
         tiles.store(dw_ref, jnp.sum(wide_x * dweighted, axis=1), batch, rows, head)
         dx = w[:, None] * dweighted + d_ref[head].astype(f32) * wide_dy
         dx = _before_silu(dx, xbc_ref, sizes, batch, rows, columns)
         tiles.store(dxbc_ref, dx, batch, rows, columns)
+        dd_ref[batch, block, head] = jnp.sum(jnp.sum(wide_x * wide_dy, axis=1), axis=0)
         return db, dc
 
     zero = jnp.zeros((sizes.tokens, sizes.padded_state), f32)

@@ -36,12 +36,13 @@ def _input_kernel(
 
         zero = jnp.zeros((block, inputs[0].size), f32)
         dy = tiles.fold_columns(add, zero, tuple(d_refs), tile)
+        dscale, dbias = sums
+        dbias += jnp.sum(dy, axis=0)
         x = tiles.load(x_ref, rows, inputs)
         normed, mean, rstd = tiles.standardised(x, inputs, channels, epsilon)
         tiles.store(moments_ref, mean, 0, rows)
         tiles.store(moments_ref, rstd, 1, rows)
-        dscale, dbias = sums
-        sums = dscale + jnp.sum(dy * normed, axis=0), dbias + jnp.sum(dy, axis=0)
+        sums = dscale + jnp.sum(dy * normed, axis=0), dbias
         dnormed = dy * tiles.load(scale_ref, inputs)[None, :]
         dx = tiles.layer_norm_gradient(dnormed, normed, rstd, channels)
         tiles.store(dx_ref, dx, rows, inputs)
@@ -118,9 +119,9 @@ def _input_gradient(
     """Gradients of x, of scale and bias in parts (programs, 2, C); mean and 1 / std (2, R)."""
     length, channels = x.shape
     # Each program reads the whole kernel, which is a reason for many rows; but twice as many spill
-    # registers, from 128 channels on.
+    # registers, from 128 channels on, and with more than 128 so does a loop.
     block = 64
-    steps = tiles.steps(pl.cdiv(length, block))
+    steps = tiles.steps(pl.cdiv(length, block)) if channels <= 128 else 1
     programs = pl.cdiv(length, block * steps)
     return tiles.call(
         functools.partial(_input_kernel, block=block, steps=steps, tile=64, epsilon=epsilon),
