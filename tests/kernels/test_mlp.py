@@ -123,8 +123,8 @@ def test_pallas_narrow(dtype, tolerance, scaled):
     compare(jax.jit(interpreted), arguments(CASES[0], dtype, scaled), tolerance)
 
 
-# Blocks of 128 and of 64 tokens in two layouts, and several of them in a program.
-@pytest.mark.parametrize("shape", [CASES[0], CASES[2], (1, 70, 72), (2, 1400, 36)])
+# Blocks of 128 and of 64 tokens in two layouts, and several of them in a program; many channels.
+@pytest.mark.parametrize("shape", [CASES[0], CASES[2], (1, 70, 72), (2, 1400, 36), (3, 50, 136)])
 def test_pallas_gradients_float32(shape, poisoned_tails):
     errors = gradient_errors(interpreted, arguments(shape, jnp.float32))
     assert max(errors.values()) < 2e-6, errors
@@ -132,21 +132,19 @@ def test_pallas_gradients_float32(shape, poisoned_tails):
 
 @SCALED
 @SIXTEEN_BITS
-def test_pallas_gradients_narrow(dtype, tolerance, scaled):
+@pytest.mark.parametrize("shape", [CASES[0], (2, 3, 136)])
+def test_pallas_gradients_narrow(shape, dtype, tolerance, scaled):
     """As exact as XLA's, which rounds more of the arrays in between."""
-    args = arguments(CASES[0], dtype, scaled)
+    args = arguments(shape, dtype, scaled)
     errors, of_xla = (gradient_errors(f, args) for f in (interpreted, in_xla))
     assert max(errors.values()) < tolerance
     for path, e in errors.items():
         assert e < 1.2 * of_xla[path] + 1e-6, path
 
 
-def test_gradients_of_many_channels_are_those_of_xla():
-    args = arguments((2, 3, 136), jnp.bfloat16)
-    for a, b in zip(
-        *(jax.tree.leaves(gradients(f, args)) for f in (interpreted, in_xla)), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+def test_the_result_of_many_channels_is_that_of_xla():
+    args = arguments((2, 3, 264), jnp.bfloat16)
+    np.testing.assert_array_equal(interpreted(*args), in_xla(*args))
 
 
 def test_gelu_in_the_tails():
@@ -164,13 +162,14 @@ def test_the_derivative_of_gelu():
 
 
 def test_what_the_kernel_cannot_do():
-    x, supports = jnp.zeros((1, 4, 512), jnp.bfloat16), rows.pallas(OPERATION).supports
-    assert "512 channels" in supports(x)
+    x, supports = jnp.zeros((1, 4, 4096), jnp.bfloat16), rows.pallas(OPERATION).supports
+    assert "4096 channels" in supports(x)
     assert "float32" in supports(x[..., :8].astype(jnp.float32))
     assert supports(x[..., :8], branch_scale=jnp.ones(1)) is None
 
 
-GPU_CASES = [(4, 56, 56, 64), (2, 28, 28, 128), (2, 13, 7, 96), (2, 14, 14, 256), *CASES]
+GPU_CASES = [(4, 56, 56, 64), (2, 28, 28, 128), (2, 13, 7, 96), (2, 14, 14, 256), (4, 49, 768)]
+GPU_CASES += CASES
 
 
 @pytest.mark.gpu

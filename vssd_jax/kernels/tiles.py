@@ -24,6 +24,8 @@ Span = tuple[Array, Array]  # indices along an axis, and the mask of the valid o
 
 f32 = jnp.float32
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+PROGRAMS = 1024  # that each write a row of sums, at most: several for each processor of a GPU
+SUMMED = 4096  # values that a step of `sum_parts` adds
 
 
 def padded(size: int) -> int:
@@ -137,6 +139,64 @@ def layer_norm_gradient(dnormed: Array, normed: Array, rstd: Array, channels: in
     mean_d = jnp.sum(dnormed, axis=1) / channels
     mean_dn = jnp.sum(dnormed * normed, axis=1) / channels
     return rstd[:, None] * (dnormed - mean_d[:, None] - normed * mean_dn[:, None])
+
+
+def steps(blocks: int) -> int:
+    """How many of `blocks` a program takes, so that its sums are not one of too many rows."""
+    return pl.cdiv(blocks, PROGRAMS)
+
+
+def sum_parts(*parts: Array) -> list[Array]:
+    """The sums over the first axis of arrays in float32, of any other shapes: one kernel for all.
+
+    XLA has a kernel for each array, and two for one of many rows.
+    """
+    arrays = [part.reshape(len(part), -1) for part in parts]
+    sizes = [_sum_sizes(*array.shape) for array in arrays]
+    counts = [pl.cdiv(array.shape[1], tile) for array, (_, tile) in zip(arrays, sizes, strict=True)]
+    sums = call(
+        functools.partial(_sum_kernel, sizes=tuple(sizes), counts=tuple(counts)),
+        "sum_parts",
+        (sum(counts),),
+        tuple(jax.ShapeDtypeStruct(array.shape[1:], f32) for array in arrays),
+        tuple(arrays),
+        num_warps=4,
+    )
+    return [total.reshape(part.shape[1:]) for total, part in zip(sums, parts, strict=True)]
+
+
+def _sum_sizes(rows: int, columns: int) -> tuple[int, int]:
+    """Of a program's block: as many rows as there are, of a sector of the memory's at least."""
+    rows, columns = pl.next_power_of_2(rows), pl.next_power_of_2(columns)
+    block = min(rows, SUMMED // min(columns, 8))
+    return block, min(columns, SUMMED // block)
+
+
+def _sum_kernel(
+    *refs: Any, sizes: tuple[tuple[int, int], ...], counts: tuple[int, ...]
+) -> None:
+    program, first, half = pl.program_id(0), 0, len(sizes)
+    arrays = zip(refs[:half], refs[half:], sizes, counts, strict=True)
+    for part_ref, sum_ref, (block, tile), count in arrays:
+
+        @pl.when((program >= first) & (program < first + count))
+        def _(
+            part_ref: Any = part_ref,
+            sum_ref: Any = sum_ref,
+            block: int = block,
+            tile: int = tile,
+            first: int = first,
+        ) -> None:
+            rows, width = part_ref.shape
+            columns = span((program - first) * tile, tile, width)
+
+            def body(step: Array, acc: Array) -> Array:
+                return acc + load(part_ref, span(step * block, block, rows), columns)
+
+            acc = jax.lax.fori_loop(0, pl.cdiv(rows, block), body, jnp.zeros((block, tile), f32))
+            store(sum_ref, jnp.sum(acc, axis=0), columns)
+
+        first += count
 
 
 def call(

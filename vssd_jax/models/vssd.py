@@ -24,6 +24,7 @@ from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.dispatch import check_name, in_trace, unit
 from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.mlp import MLPParams, mlp
+from vssd_jax.kernels.nc_ssd import token_weights
 from vssd_jax.kernels.nc_ssd_mixer import MixerParams, nc_ssd_mixer
 from vssd_jax.kernels.norm_linear import norm_linear
 from vssd_jax.kernels.relu import relu
@@ -285,13 +286,12 @@ class SSDMixer(nnx.Module):
             epsilon=norm["epsilon"],
             implementation=self.implementation,
         )
-        dt, a = _steps(dt, self.dt_bias[...], self.A_log[...])
-        d = self.D[...]
+        dt_bias, a_log, d = self.dt_bias[...], self.A_log[...], self.D[...]
         if self.kind == "ncssd":
             return nc_ssd_mixer(
                 x,
                 xbc,
-                _token_weights(dt, a, sign=self.sign),
+                token_weights(dt, dt_bias, a_log, sign=self.sign),
                 z,
                 branch_scale,
                 MixerParams(
@@ -307,6 +307,7 @@ class SSDMixer(nnx.Module):
                 implementation=self.implementation,
             )
         scan = causal_ssd if self.kind == "ssd" else bidirectional_ssd
+        dt, a = _steps(dt, dt_bias, a_log)
         batch, inner = x.shape[0], self.sizes[0]
         xbc, dt, z = (t.reshape(batch, -1, t.shape[-1]) for t in (self.conv(xbc), dt, z))
         xs, b, c = jnp.split(xbc, (inner, (inner + xbc.shape[-1]) // 2), axis=-1)
@@ -340,11 +341,6 @@ def _initial_a_log(
 def _steps(dt: jax.Array, bias: jax.Array, a_log: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Step sizes and decay rates."""
     return jax.nn.softplus(dt + bias), jnp.exp(a_log)
-
-
-@unit
-def _token_weights(dt: jax.Array, a: jax.Array, *, sign: int) -> jax.Array:
-    return sign * dt * a
 
 
 class AttentionMixer(nnx.Module):

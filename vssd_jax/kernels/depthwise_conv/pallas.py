@@ -2,8 +2,8 @@
 
 XLA reads both arrays again for every two taps of the kernel's gradient. Here a program takes a
 block of channels of some pixels of one image and sums all nine in its registers, and computes the
-gradient of the input from the same values. Programs share nothing but their inputs; XLA adds up
-their sums.
+gradient of the input from the same values. Programs share nothing but their inputs; a second kernel
+adds up their sums.
 """
 
 import functools
@@ -79,7 +79,7 @@ def _kernel(
 def _on_device(
     batched: tuple[Array, Array], shared: Array, *, stride: int, relu_input: bool
 ) -> tuple[Array, Array]:
-    """The gradient of x, and those of kernel and bias in parts (B, parts, 10, C)."""
+    """The gradient of x, and those of kernel and bias (1, 10, C)."""
     (x, dy), kernel = batched, shared
     batch, height, width, channels = x.shape
     parts = pl.cdiv(height * width, PIXELS)
@@ -102,7 +102,8 @@ def _on_device(
         (x.reshape(batch, -1, channels), dy.reshape(batch, -1, channels), kernel.astype(f32)),
         num_warps=WARPS,
     )
-    return dx.reshape(x.shape), sums
+    (total,) = tiles.sum_parts(sums.reshape(-1, 10, channels))
+    return dx.reshape(x.shape), total[None]
 
 
 def gradients(
@@ -111,7 +112,7 @@ def gradients(
     """See `vssd_jax.kernels.depthwise_conv.xla.gradients`."""
     f = functools.partial(_on_device, stride=stride, relu_input=relu_input)
     dx, sums = mesh.over_batch(f, (x, dy), kernel)
-    sums = sums.sum((0, 1))
+    sums = sums.sum(0)
     return dx, sums[:9].reshape(kernel.shape), sums[9]
 
 

@@ -1,8 +1,9 @@
 """The gradients of LayerNorm as one Pallas kernel for NVIDIA GPUs (Triton backend).
 
 A fusion of XLA's sums over either rows or columns, and the sums over columns need arrays in float32
-from memory. Here a program takes some whole rows and sums over the columns in its registers; XLA
-adds up the sums of the programs. The forward pass is XLA's, which keeps nothing but the arguments.
+from memory. Here a program takes some whole rows and sums over the columns in its registers; a
+second kernel adds up the sums of the programs. The forward pass is XLA's, which keeps nothing but
+the arguments.
 """
 
 import functools
@@ -59,16 +60,15 @@ def _kernel(
         tiles.store(sums_ref, jnp.sum(values, axis=0), program, place, columns)
 
 
-def _on_device(
-    batched: tuple[Array, Array, Array | None], shared: tuple[Array, Array], *, epsilon: float
+def gradients_in_parts(
+    x: Array, dy: Array, gate: Array | None, scale: Array, bias: Array, epsilon: float
 ) -> tuple[Array, Array, Array | None]:
     """Gradients of x, of scale and bias in parts (programs, 2, C), and of the gate."""
-    (x, dy, gate), (scale, bias) = batched, shared
     channels = x.shape[-1]
     arrays = [t.reshape(-1, channels) for t in (x, dy, gate) if t is not None]
     rows = len(arrays[0])
     block = max(1, TILE // tiles.padded(channels))
-    steps = max(1, min(rows // PROGRAMS, ROWS) // block)
+    steps = max(1, min(rows // PROGRAMS, ROWS) // block, tiles.steps(pl.cdiv(rows, block)))
     programs = pl.cdiv(rows, block * steps)
     gated = gate is not None
     dx, sums, *dgate = tiles.call(
@@ -83,6 +83,14 @@ def _on_device(
         (*arrays, scale, bias),
     )
     return dx.reshape(x.shape), sums, dgate[0].reshape(x.shape) if gated else None
+
+
+def _on_device(
+    batched: tuple[Array, Array, Array | None], shared: tuple[Array, Array], *, epsilon: float
+) -> tuple[Array, Array, Array | None]:
+    """Gradients of x, of scale and bias (1, 2, C), and of the gate."""
+    dx, parts, dgate = gradients_in_parts(*batched, *shared, epsilon)
+    return dx, tiles.sum_parts(parts)[0][None], dgate
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

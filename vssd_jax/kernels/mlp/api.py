@@ -44,9 +44,9 @@ def mlp(
       branch_scale: (B,) or None, see `vssd_jax.kernels.add_branch.api.add_branch`.
       params: see `MLPParams`.
       epsilon: of the LayerNorm.
-      implementation: "xla", "pallas" (on an NVIDIA GPU in 16 bits, up to 256 channels; up to 128
-        with a gradient of its own, which cannot be differentiated again, and beyond with that of
-        "xla"), or see `vssd_jax.kernels.dispatch.Operation.choose`.
+      implementation: "xla", "pallas" (on an NVIDIA GPU in 16 bits; with more than 256 channels for
+        the gradient alone, which cannot be differentiated again), or see
+        `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:
       As `x`, in its dtype; accumulated in float32 at least.

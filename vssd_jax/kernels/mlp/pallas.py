@@ -1,14 +1,17 @@
 """The MLP branch as Pallas kernels for NVIDIA GPUs (Triton backend).
 
-The hidden layer, four times as wide as the tokens, is never written to memory. Forward: a program
-holds a block of tokens from the first read to the last write: LayerNorm, then for each tile of the
-hidden layer the first product, GELU and the second product. Backward: two kernels that compute the
-hidden layer again. The first, for the gradients of the tokens, is laid out as the forward pass. A
-program of the second holds the gradients of the weights of some hidden units, while all tokens of
-its chunk pass by.
+The hidden layer, four times as wide as the tokens, is never kept. Forward: a program holds a block
+of tokens from the first read to the last write: LayerNorm, then for each tile of the hidden layer
+the first product, GELU and the second product. Backward: two kernels that compute the hidden layer
+again. The first, for the gradients of the tokens, is laid out as the forward pass. A program of the
+second holds the gradients of the weights of some hidden units, while all tokens of its chunk pass
+by.
 
-Programs share nothing but their inputs, so that results repeat bit for bit. XLA adds up the sums
-of the programs.
+Of many channels the products are XLA's. A kernel in the backward pass computes the hidden layer
+again and writes it with its gradient, for the products with them; another has LayerNorm's gradient.
+
+Programs share nothing but their inputs, so that results repeat bit for bit. A last kernel adds up
+the sums of the programs.
 """
 
 import functools
@@ -21,16 +24,21 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from vssd_jax.kernels import dispatch, mesh, tiles
+from vssd_jax.kernels.layer_norm import xla as layer_norm
+from vssd_jax.kernels.linear import xla as linear
 from vssd_jax.kernels.mlp import xla
 from vssd_jax.kernels.mlp.api import MLPParams
 from vssd_jax.kernels.tiles import Span, f32
 
-# With more, reading both kernels for every block of tokens costs more than the hidden layer saves.
-MAX_CHANNELS = 256
+MAX_CHANNELS = 2048
+# With more, reading both kernels for every block of tokens costs more than the hidden layer saves;
+# the forward pass is then that of "xla".
+MAX_FORWARD_CHANNELS = 256
 # With more, the gradients of the weights of a few hidden units fill the registers, and computing
-# the hidden layer in both kernels takes longer; the backward pass is then that of "xla".
+# the hidden layer in both kernels takes longer.
 MAX_GRADIENT_CHANNELS = 128
 PROGRAMS = 256  # for the gradients of the weights: a GPU is occupied, and partial sums are few
+NORM_TILE = 2048  # values that a step of a program of LayerNorm's gradient holds
 
 
 def supports(x: Array, **_: Any) -> str | None:
@@ -88,8 +96,8 @@ def _forward_kernel(
 
     def body(i: Array, acc: Array) -> Array:
         part = tiles.span(i * tile, tile, hidden)
-        h = tiles.dot(normed, tiles.load(w1_ref, columns, part))
-        h = gelu(h + tiles.load(b1_ref, part)[None, :])
+        b1 = tiles.load(b1_ref, part)[None, :]
+        h = gelu(tiles.dot(normed, tiles.load(w1_ref, columns, part)) + b1)
         return acc + tiles.dot(h.astype(x.dtype), tiles.load(w2_ref, part, columns))
 
     acc = jnp.zeros((block, columns[0].size), f32)
@@ -192,6 +200,77 @@ def _weight_gradient_kernel(
     tiles.store(dw2_ref, sums[2], chunk, part, columns)
 
 
+def _hidden_gradient_kernel(
+    normed_ref: Any,
+    dbranch_ref: Any,
+    w1_ref: Any,
+    b1_ref: Any,
+    w2_ref: Any,
+    g_ref: Any,
+    dh_ref: Any,
+    sums_ref: Any,
+    *,
+    block: int,
+    tile: int,
+    step: int,
+) -> None:
+    length, channels = normed_ref.shape
+    program = pl.program_id(1)
+    rows = tiles.span(program * block, block, length)
+    part = tiles.span(pl.program_id(0) * tile, tile, w1_ref.shape[1])
+
+    def body(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        h, dg = carry
+        columns = tiles.span(i * step, step, channels)
+        normed, dbranch = (tiles.load(ref, rows, columns) for ref in (normed_ref, dbranch_ref))
+        h += tiles.dot(normed, tiles.load(w1_ref, columns, part))
+        return h, dg + tiles.dot(dbranch, tiles.load(w2_ref, part, columns).T)
+
+    zero = jnp.zeros((block, tile), f32)
+    h, dg = jax.lax.fori_loop(0, pl.cdiv(channels, step), body, (zero, zero))
+    g, slope = gelu_and_derivative(h + tiles.load(b1_ref, part)[None, :])
+    tiles.store(g_ref, g, rows, part)
+    dh = dg * slope
+    tiles.store(dh_ref, dh, rows, part)
+    tiles.store(sums_ref, jnp.sum(dh, axis=0), program, part)
+
+
+def _norm_gradient_kernel(
+    x_ref: Any,
+    dnormed_ref: Any,
+    dy_ref: Any,
+    *refs: Any,
+    scaled: bool,
+    tokens: int,
+    block: int,
+    steps: int,
+    epsilon: float,
+) -> None:
+    branch_scale_ref, refs = (refs[0], refs[1:]) if scaled else (None, refs)
+    scale_ref, dx_ref, sums_ref = refs
+    length, channels = x_ref.shape
+    program = pl.program_id(0)
+    columns = tiles.span(0, tiles.padded(channels), channels)
+    scale = tiles.load(scale_ref, columns)[None, :]
+
+    def body(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        rows = tiles.span((program * steps + i) * block, block, length)
+        x, dnormed, dy = (
+            tiles.load(ref, rows, columns).astype(f32) for ref in (x_ref, dnormed_ref, dy_ref)
+        )
+        unit, _, rstd = tiles.standardised(x, columns, channels, epsilon)
+        dx = dy + tiles.layer_norm_gradient(dnormed * scale, unit, rstd, channels)
+        tiles.store(dx_ref, dx, rows, columns)
+        if scaled:
+            dy *= _per_row(branch_scale_ref, rows, tokens)[:, None]
+        return tuple(a + b for a, b in zip(sums, (dnormed * unit, dnormed, dy), strict=True))
+
+    zero = jnp.zeros((block, columns[0].size), f32)
+    sums = jax.lax.fori_loop(0, steps, body, (zero,) * 3)
+    for place, values in enumerate(sums):
+        tiles.store(sums_ref, jnp.sum(values, axis=0), program, place, columns)
+
+
 # --- Their calls ------------------------------------------------------------------------------
 
 
@@ -215,7 +294,7 @@ def _arrays(*arrays: Array | None) -> tuple[Array, ...]:
 def _input_gradient(
     x: Array, dy: Array, branch_scale: Array | None, params: MLPParams, epsilon: float
 ) -> tuple[Array, Array | None, Array]:
-    """Gradients of x, of branch_scale, and (3, C) of scale, bias and b2."""
+    """Gradients of x, of branch_scale, and in parts (programs, 3, C) of scale, bias and b2."""
     channels, sizes = x.shape[-1], _sizes(x, branch_scale)
     rows = x.size // channels
     block = 128 if channels <= 64 else 64
@@ -233,13 +312,13 @@ def _input_gradient(
         num_warps=8,
     )
     dbranch_scale = dots[0].reshape(len(x), -1).sum(1) if dots else None
-    return dx.reshape(x.shape), dbranch_scale, sums.sum(0)
+    return dx.reshape(x.shape), dbranch_scale, sums
 
 
 def _weight_gradient(
     x: Array, dy: Array, branch_scale: Array | None, params: MLPParams, epsilon: float
 ) -> tuple[Array, Array, Array]:
-    """Gradients of w1, b1 and w2."""
+    """Gradients of w1 transposed, b1 and w2, in parts (chunks, ...)."""
     scale, bias, w1, b1, w2, _ = params
     channels, hidden = w1.shape
     # The largest sizes whose registers do not spill on any of the GPUs of the tests.
@@ -248,7 +327,7 @@ def _weight_gradient(
     steps = pl.cdiv(blocks, max(1, PROGRAMS // parts))
     chunks = pl.cdiv(blocks, steps)
     sizes = _sizes(x, branch_scale)
-    dw1t, db1, dw2 = tiles.call(
+    return tiles.call(
         functools.partial(
             _weight_gradient_kernel, block=block, steps=steps, tile=tile, epsilon=epsilon, **sizes
         ),
@@ -262,10 +341,91 @@ def _weight_gradient(
         num_warps=warps,
         num_stages=stages,
     )
-    return dw1t.sum(0).T, db1.sum(0), dw2.sum(0)
+
+
+def _gradients(
+    x: Array, dy: Array, branch_scale: Array | None, params: MLPParams, epsilon: float
+) -> tuple[Array, Array | None, MLPParams]:
+    args = x, dy, branch_scale, params, epsilon
+    dx, dbranch_scale, parts = _input_gradient(*args)
+    (dscale, dbias, db2), dw1t, db1, dw2 = tiles.sum_parts(parts, *_weight_gradient(*args))
+    return dx, dbranch_scale, MLPParams(dscale, dbias, dw1t.T, db1, dw2, db2)
+
+
+def _hidden_gradient(
+    normed: Array, dbranch: Array, params: MLPParams
+) -> tuple[Array, Array, Array]:
+    """The hidden layer, its gradient before GELU, and that of b1 in parts (programs, 4 C)."""
+    length, hidden = len(normed), params.w1.shape[1]
+    block, tile = 128, 64  # with twice as many units registers spill
+    programs = pl.cdiv(length, block)
+    wide = jax.ShapeDtypeStruct((length, hidden), normed.dtype)
+    return tiles.call(
+        functools.partial(_hidden_gradient_kernel, block=block, tile=tile, step=32),
+        "mlp_hidden_gradient",
+        (pl.cdiv(hidden, tile), programs),  # neighbours share the tokens that they read
+        (wide, wide, jax.ShapeDtypeStruct((programs, hidden), f32)),
+        (normed, dbranch, params.w1, params.b1, params.w2),
+        num_warps=8,
+        num_stages=3,
+    )
+
+
+def _norm_gradient(
+    x: Array,
+    dnormed: Array,
+    dy: Array,
+    branch_scale: Array | None,
+    params: MLPParams,
+    epsilon: float,
+) -> tuple[Array, Array]:
+    """Gradients of x, and in parts (programs, 3, C) of scale, bias and b2."""
+    rows, channels = dnormed.shape
+    block = NORM_TILE // tiles.padded(channels)
+    steps = pl.cdiv(pl.cdiv(rows, block), PROGRAMS)
+    programs = pl.cdiv(rows, block * steps)
+    sizes = _sizes(x, branch_scale)
+    dx, sums = tiles.call(
+        functools.partial(
+            _norm_gradient_kernel, block=block, steps=steps, epsilon=epsilon, **sizes
+        ),
+        "mlp_norm_gradient",
+        (programs,),
+        (
+            jax.ShapeDtypeStruct((rows, channels), x.dtype),
+            jax.ShapeDtypeStruct((programs, 3, channels), f32),
+        ),
+        _arrays(_rows(x), dnormed, _rows(dy), branch_scale, params.scale),
+    )
+    return dx.reshape(x.shape), sums
+
+
+def _wide_gradients(
+    x: Array, dy: Array, branch_scale: Array | None, params: MLPParams, epsilon: float
+) -> tuple[Array, Array | None, MLPParams]:
+    """`_gradients` of many channels."""
+    scale, bias, w1, _, w2, b2 = params
+    normed = _rows(layer_norm.layer_norm(x, scale, bias, None, epsilon))
+    dbranch = dy
+    if branch_scale is not None:
+        factor = branch_scale.reshape(-1, *(1,) * (x.ndim - 1)).astype(f32)
+        dbranch = (dy.astype(f32) * factor).astype(x.dtype)
+    dbranch = _rows(dbranch)
+    g, dh, db1_parts = _hidden_gradient(normed, dbranch, params)
+    dw1 = jnp.matmul(normed.T, dh, preferred_element_type=f32)
+    dw2 = jnp.matmul(g.T, dbranch, preferred_element_type=f32)
+    dx, norm_parts = _norm_gradient(x, jnp.matmul(dh, w1.T), dy, branch_scale, params, epsilon)
+    (dscale, dbias, db2), db1 = tiles.sum_parts(norm_parts, db1_parts)
+    dbranch_scale = None
+    if branch_scale is not None:  # no work where it is not used
+        branch = linear.linear(g, w2, b2).astype(f32) * _rows(dy).astype(f32)
+        dbranch_scale = branch.reshape(len(x), -1).sum(1)
+    return dx, dbranch_scale, MLPParams(dscale, dbias, dw1, db1, dw2, db2)
 
 
 def _on_device(x: Array, branch_scale: Array | None, params: MLPParams, epsilon: float) -> Array:
+    if x.shape[-1] > MAX_FORWARD_CHANNELS:
+        return xla.mlp(x, branch_scale, params, epsilon=epsilon)
     rows = _rows(x)
     block = 128 if x.shape[-1] <= 128 else 64
     sizes = _sizes(x, branch_scale)
@@ -293,14 +453,9 @@ def _backward(
     epsilon: float, saved: tuple[Array, Array | None, MLPParams], dy: Array
 ) -> tuple[Array, Array | None, MLPParams]:
     x, branch_scale, params = saved
-    if x.shape[-1] > MAX_GRADIENT_CHANNELS:
-        # The hidden layer again here too: that moves less than to keep it from the forward pass.
-        return jax.vjp(functools.partial(xla.mlp, epsilon=epsilon), *saved)[1](dy)
-    args = x, dy, branch_scale, _narrow(params, x.dtype), epsilon
-    dx, dbranch_scale, (dscale, dbias, db2) = _input_gradient(*args)
-    dw1, db1, dw2 = _weight_gradient(*args)
-    found = dbranch_scale, MLPParams(dscale, dbias, dw1, db1, dw2, db2)
-    return dx, *jax.tree.map(lambda d, p: d.astype(p.dtype), found, (branch_scale, params))
+    gradients = _gradients if x.shape[-1] <= MAX_GRADIENT_CHANNELS else _wide_gradients
+    dx, *found = gradients(x, dy, branch_scale, _narrow(params, x.dtype), epsilon)
+    return dx, *jax.tree.map(lambda d, p: d.astype(p.dtype), tuple(found), (branch_scale, params))
 
 
 _mlp.defvjp(_forward, _backward)

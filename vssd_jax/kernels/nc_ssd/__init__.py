@@ -5,5 +5,13 @@ from vssd_jax.kernels.nc_ssd.api import (
     nc_ssd,
     nc_ssd_gated,
 )
+from vssd_jax.kernels.nc_ssd.token_weights import token_weights
 
-__all__ = ["GATED_OPERATION", "OPERATION", "applies_silu_on_load", "nc_ssd", "nc_ssd_gated"]
+__all__ = [
+    "GATED_OPERATION",
+    "OPERATION",
+    "applies_silu_on_load",
+    "nc_ssd",
+    "nc_ssd_gated",
+    "token_weights",
+]

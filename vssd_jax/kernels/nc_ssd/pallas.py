@@ -3,7 +3,8 @@
 Forward: partial states of chunks of tokens, `B^T (m * x)`; their sum; then `C state + D x`, which
 `nc_ssd_gated` does in the same kernel as the LayerNorm over all heads and the gate. Backward: the
 partial gradients of the state, `C^T dy`, by a similar kernel; their sum; then all other gradients
-in one kernel. Programs share nothing but their inputs, so that results repeat bit for bit.
+in one kernel. Programs share nothing but their inputs, so that results repeat bit for bit; a last
+kernel adds up their sums.
 
 No array is copied or transposed: x, B and C are read from the columns of xbc, as the convolution
 writes them, with `silu=True` before its SiLU. Masks cover the elements beyond L, N and P.
@@ -21,7 +22,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from vssd_jax.kernels import dispatch, mesh, tiles
-from vssd_jax.kernels.layer_norm import layer_norm
+from vssd_jax.kernels.layer_norm import pallas as layer_norm
 from vssd_jax.kernels.tiles import Span, f32
 
 SILU_ON_LOAD = True  # see `vssd_jax.kernels.nc_ssd.api.applies_silu_on_load`
@@ -113,6 +114,8 @@ def supports(
     sizes = Sizes.of(xbc, token_weights, inner, groups)
     if sizes.padded_state * sizes.padded_head_dim > 128 * 128:
         return f"a state of {sizes.state} x {sizes.head_dim} (at most 128 x 128)"
+    if inner > layer_norm.MAX_CHANNELS:
+        return f"{inner} channels (at most {layer_norm.MAX_CHANNELS})"
     return dispatch.wrong_dtype(xbc, *tiles.DTYPES) or mesh.too_large(xbc)
 
 
@@ -290,19 +293,19 @@ def _gradient_kernel(
         db, dc = carry
         head = i * sizes.groups + group
         columns = sizes.x_columns(head)
-        x = _load_xbc(xbc_ref, sizes, batch, rows, columns)
         dy = tiles.load(dy_ref, batch, rows, columns)
-        state = load_state(state_ref, sizes, batch, head)
+        dc = dc + tiles.dot(dy, load_state(state_ref, sizes, batch, head).T)
+        x = _load_xbc(xbc_ref, sizes, batch, rows, columns)
         dstate = load_state(dstate_ref, sizes, batch, head)
         w, wide_x, wide_dy = tiles.load(w_ref, batch, rows, head), x.astype(f32), dy.astype(f32)
+        db = db + tiles.dot((w[:, None] * wide_x).astype(x.dtype), dstate.T)
         dweighted = tiles.dot(b, dstate)
+        tiles.store(dw_ref, jnp.sum(wide_x * dweighted, axis=1), batch, rows, head)
         dx = w[:, None] * dweighted + d_ref[head].astype(f32) * wide_dy
         dx = _before_silu(dx, xbc_ref, sizes, batch, rows, columns)
         tiles.store(dxbc_ref, dx, batch, rows, columns)
-        tiles.store(dw_ref, jnp.sum(wide_x * dweighted, axis=1), batch, rows, head)
         dd_ref[batch, block, head] = jnp.sum(jnp.sum(wide_x * wide_dy, axis=1), axis=0)
-        db = db + tiles.dot((w[:, None] * wide_x).astype(x.dtype), dstate.T)
-        return db, dc + tiles.dot(dy, state.T)
+        return db, dc
 
     zero = jnp.zeros((sizes.tokens, sizes.padded_state), f32)
     db, dc = jax.lax.fori_loop(0, sizes.heads // sizes.groups, body, (zero, zero))
@@ -326,16 +329,17 @@ def states(
     """Sums over the tokens: (B, heads, N, P) in `dtype`, accumulated in float32."""
     batch, chunks = args[0].shape[0], pl.cdiv(sizes.length, sizes.chunk)
     shape = (batch, chunks, sizes.heads, sizes.state, sizes.head_dim)
+    part_dtype = f32 if chunks > 1 else dtype
     # Heads on the first, fastest axis: they read the same B and C at the same time.
     parts = tiles.call(
         functools.partial(kernel, sizes=sizes),
         name,
         (sizes.heads, chunks, batch),
-        jax.ShapeDtypeStruct(shape, f32),
+        jax.ShapeDtypeStruct(shape, part_dtype),
         args,
         **{"num_warps": sizes.warps, **options},
     )
-    return parts.sum(1).astype(dtype)
+    return parts.sum(1).astype(dtype) if chunks > 1 else parts[:, 0]
 
 
 def _state(xbc: Array, token_weights: Array, sizes: Sizes) -> Array:
@@ -357,6 +361,7 @@ def _output(xbc: Array, d: Array, state: Array, sizes: Sizes) -> Array:
 def _gradients(
     xbc: Array, token_weights: Array, d: Array, state: Array, dy: Array, sizes: Sizes
 ) -> tuple[Array, Array, Array]:
+    """Gradients of xbc, of the token weights, and of d in parts (programs, heads)."""
     dstate = states(
         _state_gradient_kernel, "nc_ssd_state_gradient", (dy, xbc), sizes, dtype=xbc.dtype
     )
@@ -374,7 +379,7 @@ def _gradients(
         (xbc, token_weights, d, state, dstate, dy),
         num_warps=8,  # four would spill registers
     )
-    return dxbc, dw.astype(token_weights.dtype), dd.sum((0, 1)).astype(d.dtype)
+    return dxbc, dw.astype(token_weights.dtype), dd.reshape(-1, sizes.heads)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -396,7 +401,9 @@ def _backward(
 ) -> tuple[Array, Array, Array]:
     xbc, token_weights, d, state = saved
     sizes = Sizes.of(xbc, token_weights, inner, groups)
-    return _gradients(xbc, token_weights, d, state, dy, sizes)
+    dxbc, dw, parts = _gradients(xbc, token_weights, d, state, dy, sizes)
+    (dd,) = tiles.sum_parts(parts)
+    return dxbc, dw, dd.astype(d.dtype)
 
 
 nc_ssd.defvjp(_forward, _backward)
@@ -447,15 +454,22 @@ def _gated_forward(
 
 def _gated_backward(
     inner: int, groups: int, epsilon: float, silu: bool, saved: tuple[Array, ...], dout: Array
-) -> tuple[Array, ...]:
+) -> tuple[Array | None, ...]:
     xbc, token_weights, d, z, scale, bias, state = saved
     sizes = Sizes.of(xbc, token_weights, inner, groups, silu)
     # Compute y from the state again: one kernel, instead of an array kept from the forward pass.
     y = _output(xbc, d, state, sizes)
-    _, norm_vjp = jax.vjp(functools.partial(layer_norm, epsilon=epsilon), y, scale, bias, z)
-    dy, dscale, dbias, dz = norm_vjp(dout)
-    grads = _gradients(xbc, token_weights, d, state, dy, sizes)
-    return *grads, dz, dscale, dbias
+    dy, norm_parts, dz = layer_norm.gradients_in_parts(y, dout, z, scale, bias, epsilon)
+    dxbc, dw, d_parts = _gradients(xbc, token_weights, d, state, dy, sizes)
+    (dscale, dbias), dd = tiles.sum_parts(norm_parts, d_parts)
+    return (
+        dxbc,
+        dw,
+        dd.astype(d.dtype),
+        dz,
+        dscale.astype(scale.dtype),
+        dbias.astype(bias.dtype),
+    )
 
 
 nc_ssd_gated.defvjp(_gated_forward, _gated_backward)

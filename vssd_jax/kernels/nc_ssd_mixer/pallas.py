@@ -79,13 +79,11 @@ def _state_kernel(
 
     def body(i: Array, acc: Array) -> Array:
         rows = tiles.span((chunk * steps + i) * block, block, sizes.length)
-        x, b = (
-            _convolved(xbc_ref, kernel_ref, bias_ref, batch, rows[0], columns, picture)
-            for columns in (x_columns, b_columns)
-        )
+        b = _convolved(xbc_ref, kernel_ref, bias_ref, batch, rows[0], b_columns, picture).T
+        x = _convolved(xbc_ref, kernel_ref, bias_ref, batch, rows[0], x_columns, picture)
         # The token weights are zero beyond the last token; the convolution is not.
         w = tiles.load(w_ref, batch, rows, head)
-        return acc + tiles.dot(b.T, (x.astype(f32) * w[:, None]).astype(x.dtype))
+        return acc + tiles.dot(b, (x.astype(f32) * w[:, None]).astype(x.dtype))
 
     shape = (sizes.padded_state, sizes.padded_head_dim)
     state = jax.lax.fori_loop(0, steps, body, jnp.zeros(shape, f32))
