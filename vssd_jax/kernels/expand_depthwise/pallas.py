@@ -305,7 +305,7 @@ def _forward_sizes(channels: int) -> Sizes:
 
 
 def _weight_sizes(channels: int) -> Sizes:
-    return Sizes(16, 64, 4, 2) if channels <= 64 else Sizes(16, 32, 8, 2)
+    return Sizes(16, 64 if channels <= 64 else 32, 8, 2)
 
 
 def _input_sizes(channels: int) -> Sizes:
