@@ -18,6 +18,7 @@ from vssd_jax.host import compiler_options
 from vssd_jax.kernels import dispatch
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
+from vssd_jax.kernels.expand_depthwise import expand_depthwise
 from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.mlp import MLPParams, mlp
 from vssd_jax.kernels.nc_ssd import nc_ssd, nc_ssd_gated, specs
@@ -28,7 +29,8 @@ from vssd_jax.models.vssd import VSSDConfig
 FUNCTIONS = {
     f.__name__: f
     for f in (
-        attention, depthwise_conv, layer_norm, mlp, nc_ssd, nc_ssd_gated, nc_ssd_mixer, norm_linear
+        attention, depthwise_conv, expand_depthwise, layer_norm, mlp, nc_ssd, nc_ssd_gated,
+        nc_ssd_mixer, norm_linear,
     )
 }  # fmt: skip
 
@@ -75,6 +77,12 @@ def operations(model: str, batch: int, dtype):
             b2=ones(channels),
         )
         yield "mlp", spec.name, {"x": x, "params": params}, {"branch_scale": None}
+
+        # At the end of the stage.
+        wide = 8 * channels
+        layers = {"w1": ones(channels, wide) / channels, "b1": ones(wide)}
+        conv = {"kernel": ones(3, 3, wide) / 9, "bias": ones(wide)}
+        yield "expand_depthwise", spec.name, {"x": x, **layers, **conv}, {}
     qkv = jax.random.normal(jax.random.key(0), (batch, 49, 3 * 8 * config.embed_dim), dtype)
     yield "attention", "stage 4", {"qkv": qkv}, {"heads": config.num_heads[3]}
 

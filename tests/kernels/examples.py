@@ -8,6 +8,7 @@ from vssd_jax.kernels import (
     attention,
     batch_norm,
     depthwise_conv,
+    expand_depthwise,
     gelu,
     layer_norm,
     linear,
@@ -26,6 +27,7 @@ FUNCTIONS = {
     "attention": attention.attention,
     "batch_norm": batch_norm.batch_norm,
     "depthwise_conv": depthwise_conv.depthwise_conv,
+    "expand_depthwise": expand_depthwise.expand_depthwise,
     "gelu": gelu.gelu,
     "layer_norm": layer_norm.layer_norm,
     "linear": linear.linear,
@@ -66,6 +68,9 @@ def arguments(operation, dtype=jnp.float32, batch=2):
             arrays = {"x": narrow(5, 4, 6), "kernel": wide(3, 3, 6), "bias": wide(6)}
             options = {"stride": 1, "activation": "silu", "residual": False, "relu_input": False}
             return arrays, options
+        case "expand_depthwise":
+            conv = {"kernel": wide(3, 3, 24) / 3, "bias": 0.1 * wide(24)}
+            return {"x": narrow(5, 4, 6), "w1": wide(6, 24), "b1": 0.1 * wide(24), **conv}, {}
         case "gelu" | "relu" | "silu":
             return {"x": narrow(3, 5)}, {}
         case "layer_norm":

@@ -22,6 +22,7 @@ from vssd_jax.errors import UserError
 from vssd_jax.kernels.add_branch import add_branch
 from vssd_jax.kernels.attention import attention
 from vssd_jax.kernels.dispatch import check_name, in_trace, unit
+from vssd_jax.kernels.expand_depthwise import expand_depthwise
 from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.mlp import MLPParams, mlp
 from vssd_jax.kernels.nc_ssd import token_weights
@@ -213,7 +214,35 @@ class ConvDownsample(nnx.Module):
         self.conv3 = ConvNorm(wide, 2 * channels, 1, precision=precision, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
-        return self.conv3(self.conv2(self.conv1(x)))
+        conv1, conv2 = self.conv1, self.conv2
+        assert conv1.bias is not None
+        hidden = _expanded(
+            x,
+            conv1.kernel[...],
+            conv1.bias[...],
+            conv2.kernel[...],
+            conv2.bias[...],
+            dtype=conv1.precision.compute,
+            implementation=conv2.implementation,
+        )
+        return self.conv3(hidden)
+
+
+@unit
+def _expanded(
+    x: jax.Array,
+    w1: jax.Array,
+    b1: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    *,
+    dtype: jax.typing.DTypeLike,
+    implementation: str | None,
+) -> jax.Array:
+    """See `expand_depthwise`; `w1` is (1, 1, C, D)."""
+    return expand_depthwise(
+        x.astype(dtype), w1[0, 0], b1, kernel, bias, implementation=implementation
+    )
 
 
 class PatchDownsample(nnx.Module):

@@ -39,6 +39,7 @@ from jax.sharding import (
 from benchmarks import real_step
 from vssd_jax.kernels.attention import OPERATION, attention
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
+from vssd_jax.kernels.expand_depthwise import expand_depthwise
 from vssd_jax.kernels.mlp import MLPParams, mlp
 from vssd_jax.kernels.nc_ssd import nc_ssd_gated, specs
 from vssd_jax.kernels.nc_ssd_mixer import MixerParams, nc_ssd_mixer
@@ -235,6 +236,12 @@ def depthwise_shapes(batch, dtype, side, channels):
     return {"x": x, "kernel": shape(3, 3, channels), "bias": shape(channels)}
 
 
+def expand_depthwise_shapes(batch, dtype, side, channels):
+    x, wide = shape(batch, side, side, channels, dtype=dtype), 8 * channels
+    layers = {"w1": shape(channels, wide), "b1": shape(wide)}
+    return {"x": x, **layers, "kernel": shape(3, 3, wide), "bias": shape(wide)}
+
+
 def attention_shapes(batch, dtype, length, heads, head_dim):
     return {"qkv": shape(batch, length, 3 * heads * head_dim, dtype=dtype)}
 
@@ -284,6 +291,9 @@ def operation(name, batch, dtype):
     if kind == "depthwise":
         shapes = depthwise_shapes(batch, dtype, *map(int, sizes))
         return by_position(depthwise_conv, shapes, activation="silu")
+    if kind == "expand_depthwise":
+        shapes = expand_depthwise_shapes(batch, dtype, *map(int, sizes))
+        return by_position(expand_depthwise, shapes, implementation="pallas")
     if kind == "attention":
         shapes = attention_shapes(batch, dtype, *map(int, sizes))
         return by_position(attention, shapes, heads=int(sizes[1]), implementation="pallas")
