@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from vssd_jax.host import compiler_options, prepare_cpu
+from vssd_jax.models.layers import round_kernels
 
 prepare_cpu()
 
@@ -116,9 +117,10 @@ def pipelined(step, state, *, depth: int = 1):
 
 
 def inference_step(model: nnx.Module):
-    """A jitted `(params, images) -> logits` of `model`, and its parameters."""
+    """A jitted `(state, images) -> logits` of `model`, and its state as predictions keep it."""
     model.eval()
     graphdef, state = nnx.split(model)
+    state = round_kernels(model, state)
 
     def step(state, images):
         return nnx.merge(graphdef, state)(images)

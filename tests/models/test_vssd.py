@@ -18,7 +18,7 @@ from tests.golden_model import (
     relative_error,
     run,
 )
-from vssd_jax.models.layers import DropPath, Precision, compute_dtypes
+from vssd_jax.models.layers import DropPath, Precision, compute_dtypes, round_kernels
 from vssd_jax.models.vssd import VSSD, Stage, VSSDConfig
 
 SLOW = pytest.mark.slow  # built of the same blocks as the others
@@ -104,10 +104,7 @@ def test_kernels_rounded_beforehand_change_nothing(mixer):
     names = {f"stages.0.blocks.0.mlp.fc{i}.kernel" for i in (1, 2)} | {"head.kernel"}
     assert names <= rounded.keys()
     assert set(rounded.values()) == {jnp.dtype("bfloat16")}
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if (name := ".".join(map(str, path))) in rounded:
-            variable.set_value(variable[...].astype(rounded[name]))
-            nnx.update(model, nnx.from_flat_state([(path, variable)]))
+    nnx.update(model, round_kernels(model, nnx.state(model)))
     assert model.head.kernel[...].dtype == jnp.bfloat16
     np.testing.assert_array_equal(model(images), expected)
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -439,6 +439,18 @@ def compute_dtypes(model: nnx.Module) -> dict[str, jax.typing.DTypeLike]:
         for path, module in nnx.iter_graph(model)
         if isinstance(module, Linear)
     }
+
+
+def round_kernels(model: nnx.Module, state: Any) -> Any:
+    """The state of `model` with the parameters of `compute_dtypes` rounded."""
+    dtypes = compute_dtypes(model)
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        dtype = dtypes.get(".".join(map(str, path)))
+        flat.append(
+            (path, variable if dtype is None else variable.replace(variable[...].astype(dtype)))
+        )
+    return nnx.from_flat_state(flat)
 
 
 # --- Stochastic depth and dropout ---------------------------------------------------------------

@@ -44,7 +44,7 @@ from vssd_jax.kernels.mlp import MLPParams, mlp
 from vssd_jax.kernels.nc_ssd import nc_ssd_gated, specs
 from vssd_jax.kernels.nc_ssd_mixer import MixerParams, nc_ssd_mixer
 from vssd_jax.kernels.norm_linear import norm_linear
-from vssd_jax.models.layers import compute_dtypes
+from vssd_jax.models.layers import round_kernels
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 
 HERE = pathlib.Path(__file__).parent
@@ -330,13 +330,7 @@ def network(name, batch, dtype, direction):
     model.eval() if direction == "forward" else model.train()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     if direction == "forward":  # as predictions keep them
-        rounded = compute_dtypes(model)
-        flat = {
-            path: variable.replace(shape(*variable.shape, dtype=rounded.get(name, variable.dtype)))
-            for path, variable in nnx.to_flat_state(params)
-            for name in [".".join(map(str, path))]
-        }
-        params = nnx.from_flat_state(flat)
+        params = jax.eval_shape(lambda params: round_kernels(model, params), params)
     images = shape(batch, 224, 224, 3, dtype=dtype)
 
     def forward(params, rest, images):
