@@ -46,13 +46,26 @@ def test_steps_and_linear():
         warmup_learning_rate=1e-7,
     )  # fmt: skip
     schedule = make_schedule(config, 100)
-    for step, expected in ((0, 1e-7), (25, 5.005e-5), (50, 1e-4), (799, 1e-4), (801, 1e-5),
+    for step, expected in ((0, 1e-7), (49, 1e-4), (50, 1e-4), (799, 1e-4), (801, 1e-5),
                            (1099, 1e-5), (1101, 1e-6)):  # fmt: skip
         assert float(schedule(step)) == pytest.approx(expected, rel=1e-5)
-    config.update(schedule="linear", steps=1000, learning_rate=6e-5)
+
+
+def test_linear_is_mmengines():
+    """The rates that MMEngine 0.10.7 gives for LinearLR (0.001, end 50), then PolyLR (end 200)."""
+    config = base_config()
+    config.update(
+        steps=200, learning_rate=1.0, schedule="linear", warmup_steps=50,
+        warmup_learning_rate=1e-3,
+    )  # fmt: skip
     schedule = make_schedule(config, 100)
-    assert float(schedule(525)) == pytest.approx(3e-5, rel=1e-5)
-    assert float(schedule(1000)) == pytest.approx(0, abs=1e-9)
+    rates = {
+        0: 0.001, 1: 0.021387755102040818, 2: 0.041775510204081635, 47: 0.9592244897959172,
+        48: 0.979612244897958, 49: 1, 50: 1, 51: 0.9932885906040256, 52: 0.9865771812080525,
+        197: 0.01342281879194631, 198: 0.006711409395973155, 199: 0,
+    }  # fmt: skip
+    for step, expected in rates.items():
+        assert float(schedule(step)) == pytest.approx(expected, rel=2e-5, abs=1e-7)
 
 
 def test_weight_decay_spares_the_authors_tensors():

@@ -19,6 +19,10 @@ from vssd_jax.training.packed import pack, unpack
 def make_schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     """The learning rate by step: linear warm-up, then cosine, linear or step decay.
 
+    Cosine is the schedule of the classification recipe, in which the warm-up's N steps end with the
+    peak at step N. Linear and steps are MMEngine's, of the detection and segmentation recipes, in
+    which the last step of the warm-up has the peak, and the last step of a linear decay its end.
+
     The config's rates hold for a batch of `learning_rate_batch` images and scale with
     `batch_size`; None leaves them as they are.
     """
@@ -32,10 +36,11 @@ def make_schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> op
         warmup = round(config.warmup_epochs * steps_per_epoch)
     warmup = min(warmup, total)
     start, end = config.warmup_learning_rate * scale, config.min_learning_rate * scale
+    rise = warmup if config.schedule == "cosine" else max(warmup - 1, 1)
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, max(total - warmup, 1), end / peak)
     elif config.schedule == "linear":
-        after = optax.linear_schedule(peak, end, max(total - warmup, 1))
+        after = optax.linear_schedule(peak, end, max(total - warmup - 1, 1))
     elif config.schedule == "steps":
         drops = {round(epoch * steps_per_epoch) - warmup: 0.1 for epoch in config.decay_epochs}
         after = optax.piecewise_constant_schedule(peak, drops)
@@ -43,7 +48,7 @@ def make_schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> op
         near = did_you_mean(config.schedule, ("cosine", "linear", "steps"))
         raise UserError(f"unknown schedule {config.schedule!r}{near}")
     if warmup > 0:
-        after = optax.join_schedules([optax.linear_schedule(start, peak, warmup), after], [warmup])
+        after = optax.join_schedules([optax.linear_schedule(start, peak, rise), after], [warmup])
     # In float64 where that is on: optax divides an int32 step in float32.
     return lambda step: after(jnp.asarray(step, float))
 
