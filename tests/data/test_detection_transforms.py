@@ -61,6 +61,27 @@ def test_the_long_schedule_crops_and_keeps_to_the_shape(tmp_path):
     assert objects >= 4
 
 
+def test_a_panorama_is_shrunk_before_its_crop():
+    """The first resize bounds the long side, too: 3000 x 300 pixels become 1333 x 133."""
+    image = np.zeros((300, 3000, 3), np.uint8)
+    image[:, 1500:] = 255
+    element = {
+        "image": image, "boxes": np.array([[1000, 0, 2000, 300]], np.float32),
+        "labels": np.zeros(1, np.int32), "segmentations": [None], "replaced": False,
+    }  # fmt: skip
+    heights = set()
+    for seed in range(20):
+        result = train_transform(
+            element, np.random.default_rng(seed), short_sides=(800,), crop=True, max_objects=1
+        )
+        height, width = result["image_shape"].tolist()
+        # Uncropped it is 10 times as wide as high; a crop is of all rows and 384 to 600 columns.
+        heights.add(round(width / height, 1))
+    assert 10.0 in heights
+    assert all(ratio == 10 or 384 / 134 < ratio < 600 / 132 for ratio in heights)
+    assert len(heights) > 4
+
+
 def test_equal_generators_make_equal_samples(tmp_path):
     element = scene(tmp_path)[0]
     options = {"short_sides": (64, 96), "shapes": ((96, 128),), "max_objects": 2, "crop": True}

@@ -71,13 +71,28 @@ def test_crops_avoid_one_dominating_class():
         window = label[segmentation_transforms.random_crop_window(label, (50, 50), 0.75, rng)]
         assert window.shape == (50, 50)
         shares.append(np.bincount(window.ravel()).max() / window.size)
-    # One crop in six meets the demand; ten tries find one with probability 0.84.
+    # One crop in six meets the demand; eleven tries find one with probability 0.87.
     assert 0.5 < np.mean(np.array(shares) < 0.75) < 1.0
     only = np.full((80, 80), 255, np.uint8)
     assert only[segmentation_transforms.random_crop_window(only, (50, 50), 0.75, rng)].shape == (
         50,
         50,
     )
+
+
+@pytest.mark.parametrize(("max_ratio", "windows"), [(0.75, 11), (1.0, 1)])
+def test_as_many_windows_are_drawn_as_in_mmsegmentation(max_ratio, windows):
+    class Counting:
+        draws = 0
+
+        def integers(self, end):
+            self.draws += 1
+            return self.draws % end
+
+    rng, label = Counting(), np.zeros((200, 200), np.uint8)  # no window meets the demand
+    rows, _ = segmentation_transforms.random_crop_window(label, (50, 50), max_ratio, rng)
+    assert rng.draws == 2 * windows
+    assert rows.start == 2 * windows - 1  # the last one
 
 
 class Fixed:

@@ -54,8 +54,8 @@ def train_transform(
         decides the shape.
       rng: the source of everything random.
       short_sides, long_side: one of the short sides is taken at random; the long side is bounded.
-      crop: half of the time first resize to a short side of 400, 500 or 600 and cut out a random
-        rectangle with sides of 384 to 600.
+      crop: half of the time first resize to a short side of 400, 500 or 600 (the long side bounded
+        as later) and cut out a random rectangle with sides of 384 to 600.
       shapes: the padded sizes (H, W), one or a landscape and a portrait one. The image's
         orientation decides; a crop of the other orientation is resized to fit.
       max_objects: M; of more objects the first count. The masks take M * H * W / 8 bytes.
@@ -82,7 +82,7 @@ def train_transform(
         image, masks = image[:, ::-1], [mask[:, ::-1] for mask in masks]
         boxes[:, [0, 2]] = image.shape[1] - boxes[:, [2, 0]]
     if crop and rng.random() < 0.5:
-        size = fitted_size(image.shape[:2], int(rng.choice((400, 500, 600))), 4200)
+        size = fitted_size(image.shape[:2], int(rng.choice((400, 500, 600))), long_side)
         image, boxes, masks = _resize(image, boxes, masks, size)
         image, boxes, masks = _crop(image, boxes, masks, rng)
     short_side = int(rng.choice(short_sides))

@@ -27,19 +27,25 @@ def resize(
 def random_crop_window(
     label: np.ndarray, size: tuple[int, int], max_ratio: float, rng: np.random.Generator
 ) -> tuple[slice, slice]:
-    """Two slices of at most `size`, in which no class has more than `max_ratio` of the labels.
+    """Two slices of at most `size`, in which no class has `max_ratio` of the labels or more.
 
-    The last of ten tries is taken as it comes.
+    As in mmsegmentation up to ten windows are looked at, and the eleventh is taken as it comes;
+    with a ratio of 1 the first is.
     """
-    for _ in range(10):
+
+    def draw() -> tuple[slice, slice]:
         top, left = (
             rng.integers(max(length - crop, 0) + 1)
             for length, crop in zip(label.shape, size, strict=True)
         )
-        window = (slice(top, top + size[0]), slice(left, left + size[1]))
+        return slice(top, top + size[0]), slice(left, left + size[1])
+
+    window = draw()
+    for _ in range(10 if max_ratio < 1 else 0):
         counts = np.bincount(label[window].ravel(), minlength=IGNORE + 1)[:IGNORE]
         if np.count_nonzero(counts) > 1 and counts.max() < max_ratio * counts.sum():
             break
+        window = draw()
     return window
 
 
