@@ -89,7 +89,7 @@ def base_config() -> "ml_collections.ConfigDict":
     config.betas = (0.9, 0.999)  # of AdamW
     config.epsilon = 1e-8
     config.weight_decay = 0.05
-    config.no_decay = "vectors"  # or "norms"
+    config.no_decay = "vectors"  # or "norms", "backbone_norms"
     config.clip_grad_norm = 5.0  # 0: no clipping
     config.ema_decay = 0.9999
     config.max_nonfinite = 10  # skipped steps in a row that end the run
@@ -154,7 +154,7 @@ def segmentation_config() -> "ml_collections.ConfigDict":
     config.flip = 0.5
     config.tta_ratios = (0.75, 1.0, 1.25)  # of `--tta`
     config.schedule = "linear"
-    config.no_decay = "norms"
+    config.no_decay = "backbone_norms"
     config.clip_grad_norm = 0.0
     config.ema_decay = 0.0  # no average
     return config
@@ -382,7 +382,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "profile_steps": ("a text", lambda value: isinstance(value, str)),
     "dtype": _one_of("float32", "bfloat16", "float64"),
     "schedule": _one_of("cosine", "linear", "steps"),
-    "no_decay": _one_of("vectors", "norms"),
+    "no_decay": _one_of("vectors", "norms", "backbone_norms"),
     "bad_annotations": _one_of("skip", "refuse"),
     "tracker": _one_of("wandb", "mlflow", "trackio", ""),
 }  # fmt: skip

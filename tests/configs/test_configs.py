@@ -123,7 +123,7 @@ def test_ade20k_follows_the_paper(variant):
     assert rates == pytest.approx([6e-11, 6e-5, 6e-5, 0], rel=1e-6, abs=2e-12)
     assert (config.batch_size, config.steps) == (16, 160_000)
     assert (*config.betas, config.epsilon) == (0.9, 0.999, 1e-8)
-    assert (config.weight_decay, config.no_decay) == (0.01, "norms")
+    assert (config.weight_decay, config.no_decay) == (0.01, "backbone_norms")
     assert (config.clip_grad_norm, config.ema_decay) == (0, 0)
     assert (config.image_size, config.short_side, config.long_side) == (512, 512, 2048)
     assert (config.scales, config.max_class_share, config.flip) == ((0.5, 2.0), 0.75, 0.5)

@@ -97,6 +97,20 @@ def test_decay_of_detectors_spares_norms_under_any_name():
     assert len(decays) == 9
 
 
+def test_the_authors_segmentor_decays_the_norms_of_its_heads():
+    """26 of 189 tensors of UperNet with VSSD-Tiny: scale and bias of 13 BatchNorms."""
+    model = SplitModel(lambda rngs: family.build("upernet_vssd_tiny", rngs=rngs))
+    all_spared, spared = (
+        {name for name, value in decayed(model, rule).items() if not value}
+        for rule in ("norms", "backbone_norms")
+    )
+    assert spared < all_spared
+    heads = all_spared - spared
+    assert len(heads) == 26
+    assert not any(name.startswith("backbone.") for name in heads)
+    assert spared == {name for name in all_spared if name.startswith("backbone.")}
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="did you mean 'norms'"):
         decayed(SplitModel(_Odd), "norm")

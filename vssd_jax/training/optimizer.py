@@ -59,8 +59,9 @@ def decayed(model: SplitModel, no_decay: str) -> dict[str, bool]:
     Args:
       model: whose parameters these are.
       no_decay: "vectors" leaves out all with fewer than two dimensions (the classification
-        recipe); "norms" only the parameters of norms, whatever their names (detection,
-        segmentation).
+        recipe); "norms" only the parameters of norms, whatever their names (detection);
+        "backbone_norms" only those of the backbone: the authors' key for segmentation, `norm`, does
+        not match the names of the heads' BatchNorm, with which the paper's numbers were reached.
 
     Raises:
       UserError: another `no_decay`.
@@ -70,7 +71,11 @@ def decayed(model: SplitModel, no_decay: str) -> dict[str, bool]:
         return {name: len(shape) >= 2 for name, shape in shapes.items()}
     if no_decay == "norms":
         return {name: name not in model.norm_parameters for name in shapes}
-    raise UserError(f"unknown no_decay {no_decay!r}{did_you_mean(no_decay, ('vectors', 'norms'))}")
+    if no_decay == "backbone_norms":
+        spared = {name for name in model.norm_parameters if name.startswith("backbone.")}
+        return {name: name not in spared for name in shapes}
+    near = did_you_mean(no_decay, ("vectors", "norms", "backbone_norms"))
+    raise UserError(f"unknown no_decay {no_decay!r}{near}")
 
 
 def frozen_parts(config: ml_collections.ConfigDict) -> tuple[str, ...]:
