@@ -19,7 +19,7 @@ from vssd_jax.models.detection import boxes as box_ops
 from vssd_jax.models.detection.assigner import IGNORED, NEGATIVE, assign
 from vssd_jax.models.detection.heads import FPN, BoxHead, MaskHead, RPNHead
 from vssd_jax.models.detection.masks import mask_targets
-from vssd_jax.models.detection.nms import nms
+from vssd_jax.models.detection.nms import multiclass_nms, nms
 from vssd_jax.models.detection.roi_align import pyramid_roi_align
 from vssd_jax.models.detection.sampler import sample
 from vssd_jax.models.family import (
@@ -180,30 +180,20 @@ class MaskRCNN(nnx.Module):
         proposals = self.proposals(maps, image_shapes, config.rpn_pre_nms)
         logits, deltas = self.box_head(self._roi_features(maps, proposals.boxes, BOX_BINS))
 
-        def detect(
-            regions: Float[Array, "P 4"],
-            valid: Bool[Array, " P"],
-            logits: Float[Array, "P classes_and_background"],
-            deltas: Float[Array, "P classes 4"],
-            shape: Int[Array, "2"],
-        ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-            """Boxes, scores, labels and their validity of one image."""
-            classes = logits.shape[-1] - 1
-            scores = jax.nn.softmax(logits)[:, :-1]
-            boxes = box_ops.decode(regions[:, None], deltas, shape, _BOX_STDS)
-            usable = valid[:, None] & (scores > config.score_threshold)
-            keep = jax.vmap(nms, in_axes=(1, 1, 1, None), out_axes=1)(
-                boxes, scores, usable, config.nms_iou
-            )
-            best, index = _top(jnp.where(keep, scores, -1).reshape(-1), config.max_detections)
-            boxes = boxes.reshape(-1, 4)[index]
-            finite = jnp.isfinite(logits).all() & jnp.isfinite(deltas).all()
-            scores = jnp.where(finite, jnp.maximum(best, 0), jnp.nan)
-            return boxes, scores, index % classes, finite & (best > 0)
-
-        boxes, scores, labels, valid = jax.vmap(detect)(
-            proposals.boxes, proposals.valid, logits, deltas, image_shapes
+        scores = jax.nn.softmax(logits)[..., :-1]
+        decode = jax.vmap(lambda regions, deltas, shape: box_ops.decode(
+            regions[:, None], deltas, shape, _BOX_STDS
+        ))  # fmt: skip
+        boxes, best, labels = multiclass_nms(
+            decode(proposals.boxes, deltas, image_shapes),
+            scores,
+            proposals.valid[..., None] & (scores > config.score_threshold),
+            config.nms_iou,
+            config.max_detections,
         )
+        finite = (jnp.isfinite(logits).all((1, 2)) & jnp.isfinite(deltas).all((1, 2, 3)))[:, None]
+        scores = jnp.where(finite, jnp.maximum(best, 0), jnp.nan)
+        valid = finite & (best > 0)
         masks = self.mask_head(self._roi_features(maps, boxes, MASK_BINS))
         return Detections(boxes, scores, labels.astype(jnp.int32), valid, _pick(masks, labels))
 
