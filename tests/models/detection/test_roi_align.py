@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.models.detection.references import random_boxes, reference_roi_align
+from vssd_jax.models.detection import roi_align as roi_align_module
 from vssd_jax.models.detection.roi_align import pyramid_roi_align, region_levels, roi_align
 
 
@@ -63,3 +64,28 @@ def test_region_levels():
     sides = np.array([0, 10, 111, 113, 223, 225, 447, 449, 5000], np.float32)
     boxes = jnp.asarray(np.stack([0 * sides, 0 * sides, sides, sides], axis=1))
     np.testing.assert_array_equal(region_levels(boxes, 4), [0, 0, 0, 1, 1, 2, 2, 3, 3])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_windows_equal_the_whole_map(batch):
+    """Regions of every window's size, longer ones, some beyond the map and empty ones."""
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(batch, 70, 100, 3)), jnp.float32)
+    sides = rng.choice([3, 12, 25, 50, 90, 130], (batch, 40, 2))
+    start = rng.uniform(-10, 90, (batch, 40, 2))
+    boxes = np.concatenate([start, start + sides], axis=-1).astype(np.float32)
+    boxes[:, 0] = 0
+    boxes[:, 1, 2:] = boxes[:, 1, :2] - 5
+    corners = jnp.asarray(boxes.reshape(-1, 4))
+    wy = roi_align_module.bin_weights(corners[:, 1], corners[:, 3], 7, 70)
+    wx = roi_align_module.bin_weights(corners[:, 0], corners[:, 2], 7, 100)
+    weights = [w.reshape(batch, 40, 7, -1) for w in (wy, wx)]
+    extents = np.maximum(*(np.asarray(roi_align_module._covered(w)[1]) for w in (wy, wx)))
+    classes = np.searchsorted(roi_align_module._WINDOWS, extents)
+    assert set(classes) == {0, 1, 2, 3}
+    results = {}
+    for f in (roi_align_module._by_windows, roi_align_module._by_products):
+        y, vjp = jax.vjp(lambda features, f=f: f(features, *weights), features)
+        results[f.__name__] = y, vjp(jnp.cos(y))[0]
+    for a, b in zip(*results.values(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

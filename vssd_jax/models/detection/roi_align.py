@@ -2,17 +2,23 @@
 
 The value of a bin is the mean of bilinear samples on a regular grid. Its weights are therefore a
 product of one row of weights for the height and one for the width, and the features of a region
-are `Wy @ map @ Wx^T`: two matrix products, any number of samples, fixed shapes.
+are `Wy @ map @ Wx^T`: two matrix products, any number of samples, fixed shapes. On a CPU, where
+each product with the whole map would take its time, only the cells are read that a region covers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vssd_jax.kernels import mesh
+from vssd_jax.kernels.dispatch import differentiable
 from vssd_jax.types import Array, Float, Int
 
+# Sides in cells of the parts of a map that regions are cut from, on a CPU: of its level of the
+# pyramid a region covers 14 to 28 cells, and more only if it is very long or very large.
+_WINDOWS = (16, 32, 64)
 # Bytes of intermediate results (bins, W, C) in memory at a time; more regions than fit take turns.
 _CHUNK_BYTES = 1 << 27
 
@@ -101,26 +107,90 @@ def _weigh(
     wx: Float[Array, "N bins W"],
 ) -> Float[Array, "B R bins bins C"]:
     """Features of regions, from their weights wy (B * R, bins, H) and wx (B * R, bins, W)."""
+    batch = features.shape[0]
+    wy, wx = (
+        w.astype(features.dtype).reshape(batch, -1, *w.shape[1:]) for w in (wy, wx)
+    )
+    with jax.named_scope("interpolation"):  # `models.count` does not count such products
+        if not isinstance(batch, int):  # a program for any batch (jax.export)
+            return _by_products(features, wy, wx)
+        by_windows = differentiable(_by_windows)
+        return jax.lax.platform_dependent(
+            features, wy, wx, cpu=by_windows, default=_by_products
+        )
+
+
+def _by_products(features: jax.Array, wy: jax.Array, wx: jax.Array) -> jax.Array:
+    """Two products with the whole map for each region: (B, R, bins, H), (B, R, bins, W)."""
     batch, _, width, channels = features.shape
-    bins = wy.shape[1]
+    bins = wy.shape[2]
     # The regions are on the first axis, which a scan takes one chunk at a time; the images are
     # vectorised, so that they stay where they are when the batch is sharded.
-    wy, wx = (
-        jnp.moveaxis(w.astype(features.dtype).reshape(batch, -1, bins, w.shape[-1]), 1, 0)
-        for w in (wy, wx)
-    )
+    wy, wx = (jnp.moveaxis(w, 1, 0) for w in (wy, wx))
 
     def align(weights: tuple[jax.Array, jax.Array]) -> jax.Array:
         y, x = weights
         rows = jnp.einsum("bph,bhwc->bpwc", y, features, precision="highest")
         return jnp.einsum("bqw,bpwc->bpqc", x, rows, precision="highest")
 
-    # A program for any batch (jax.export) takes as many at a time as it would for a single image.
+    # A program for any batch takes as many at a time as it would for a single image.
     images = batch if isinstance(batch, int) else 1
     one = images * bins * width * channels * np.dtype(features.dtype).itemsize
     chunk = max(1, min(len(wy), _CHUNK_BYTES // one))
-    with jax.named_scope("interpolation"):  # `models.count` does not count such products
-        return jnp.moveaxis(jax.lax.map(align, (wy, wx), batch_size=chunk), 0, 1)
+    return jnp.moveaxis(jax.lax.map(align, (wy, wx), batch_size=chunk), 0, 1)
+
+
+@jax.custom_vjp
+def _by_windows(features: jax.Array, wy: jax.Array, wx: jax.Array) -> jax.Array:
+    """The same, region by region from the cells that it covers; its gradient is the products'."""
+    return mesh.over_batch(lambda arrays, _: _region_by_region(*arrays), (features, wy, wx), ())
+
+
+def _region_by_region(features: jax.Array, wy: jax.Array, wx: jax.Array) -> jax.Array:
+    batch, *size, channels = features.shape
+    regions, bins = wy.shape[1:3]
+    image = jnp.repeat(jnp.arange(batch), regions)
+    weights = [w.reshape(batch * regions, bins, -1) for w in (wy, wx)]
+    firsts, extents = zip(*map(_covered, weights), strict=True)
+
+    def one(region: tuple[jax.Array, ...]) -> jax.Array:
+        image, y, x, first_y, first_x, extent = region
+
+        def window(side: int) -> Callable[[], jax.Array]:
+            height, width = (min(side, length) for length in size)
+
+            def align() -> jax.Array:
+                # XLA moves a window that would stick out of the map.
+                cells = jax.lax.dynamic_slice(
+                    features, (image, first_y, first_x, 0), (1, height, width, channels)
+                )
+                y_part = jax.lax.dynamic_slice(y, (0, first_y), (bins, height))
+                x_part = jax.lax.dynamic_slice(x, (0, first_x), (bins, width))
+                rows = jnp.einsum("ph,hwc->pwc", y_part, cells[0], precision="highest")
+                return jnp.einsum("qw,pwc->pqc", x_part, rows, precision="highest")
+
+            return align
+
+        sides = [side for side in _WINDOWS if side < max(size)]
+        larger = sum((extent > side).astype(jnp.int32) for side in sides)
+        return jax.lax.switch(larger, [window(side) for side in (*sides, max(size))])
+
+    result = jax.lax.map(one, (image, *weights, *firsts, jnp.maximum(*extents)))
+    return result.reshape(batch, regions, *result.shape[1:])
+
+
+def _covered(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first cell with a weight, and how many there are from it to the last: (N, bins, L)."""
+    used = (weights != 0).any(1)
+    first, behind = (jnp.argmax(x, axis=1) for x in (used, used[:, ::-1]))
+    return first, jnp.where(used.any(1), weights.shape[-1] - behind - first, 0)
+
+
+def _gradients(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, ...]:
+    return jax.vjp(_by_products, *saved)[1](dy)
+
+
+_by_windows.defvjp(lambda *arrays: (_by_windows(*arrays), arrays), _gradients)
 
 
 def region_levels(
