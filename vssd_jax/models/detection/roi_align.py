@@ -112,11 +112,8 @@ def _weigh(
         w.astype(features.dtype).reshape(batch, -1, *w.shape[1:]) for w in (wy, wx)
     )
     with jax.named_scope("interpolation"):  # `models.count` does not count such products
-        if not isinstance(batch, int):  # a program for any batch (jax.export)
-            return _by_products(features, wy, wx)
-        by_windows = differentiable(_by_windows)
         return jax.lax.platform_dependent(
-            features, wy, wx, cpu=by_windows, default=_by_products
+            features, wy, wx, cpu=differentiable(_by_windows), default=_by_products
         )
 
 
@@ -143,6 +140,8 @@ def _by_products(features: jax.Array, wy: jax.Array, wx: jax.Array) -> jax.Array
 @jax.custom_vjp
 def _by_windows(features: jax.Array, wy: jax.Array, wx: jax.Array) -> jax.Array:
     """The same, region by region from the cells that it covers; its gradient is the products'."""
+    if not isinstance(features.shape[0], int):  # a program for any batch (jax.export)
+        return _region_by_region(features, wy, wx)
     return mesh.over_batch(lambda arrays, _: _region_by_region(*arrays), (features, wy, wx), ())
 
 
