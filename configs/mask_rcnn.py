@@ -19,9 +19,9 @@ Expected box and mask mAP, the paper's:
     small  48.4  43.5   50.0  44.6
 
 What differs from the authors' runs: the heads compute in bfloat16 here, in float32 there
-(--config.dtype=float32 makes everything float32); the stem's BatchNorm takes its statistics from the
-whole batch here, from the two images of a GPU there; a 3x crop of the other orientation than its
-picture is shrunk to the padded shape here, where theirs grows with it.
+(--config.dtype=float32 makes everything float32); the stem's BatchNorm takes its statistics from
+the whole batch here, from the two images of a GPU there; a 3x crop of the other orientation than
+its picture is shrunk to the padded shape here, where theirs grows with it.
 
 Hours on 8 GPUs: not measured. 1x is 88,000 steps of 16 images. By arithmetic the multiply-adds of
 tiny take 0.4 hours on 8 H200 (at the speed that configs/tiny.py assumes); but RoIAlign nearly
