@@ -119,8 +119,8 @@ def pipelined(step, state, *, depth: int = 1):
 def inference_step(model: nnx.Module):
     """A jitted `(state, images) -> logits` of `model`, and its state as predictions keep it."""
     model.eval()
+    round_kernels(model)
     graphdef, state = nnx.split(model)
-    state = round_kernels(model, state)
 
     def step(state, images):
         return nnx.merge(graphdef, state)(images)

@@ -31,7 +31,7 @@ from vssd_jax.host import compiler_options, keep_compiled_programs
 from vssd_jax.known_classes import readable
 from vssd_jax.models import family
 from vssd_jax.models.family import Detections, Detector
-from vssd_jax.models.layers import compute_dtypes
+from vssd_jax.models.layers import round_kernels
 from vssd_jax.models.split import Arrays, SplitModel
 from vssd_jax.tasks import coco_metrics
 from vssd_jax.tasks import segmentation_metrics as metrics
@@ -594,10 +594,7 @@ def load_predictor(
 
     split = SplitModel(build)
     set_state(split.abstract, loaded.params)
-    arrays = get_state(split.abstract)
-    # Rounded here once: on a GPU each call would launch a kernel for each of them.
-    for name, compute in compute_dtypes(split.abstract).items():
-        arrays[name] = arrays[name].astype(compute)
+    round_kernels(split.abstract)  # once: on a GPU each call would launch a kernel for each of them
     method: _Method
     if task == "classification":
         method = _Classifier(split, fields, names, top)
@@ -611,7 +608,7 @@ def load_predictor(
         names,
         fields,
         method,
-        arrays,
+        get_state(split.abstract),
         batch_size=batch_size or BATCH_SIZES[task],
         threads=threads or os.cpu_count() or 1,
         max_pixels=max_pixels,

@@ -25,7 +25,7 @@ def over_batch(f: Callable, batched: Any, shared: Any) -> Any:
       shared: a pytree of arrays that every device gets whole.
     """
     arrays = jax.tree.leaves(batched)
-    axes = _batch_axes(len(arrays[0])) if arrays else ()
+    axes = _batch_axes(arrays[0].shape[0]) if arrays else ()
     if not axes:
         return f(batched, shared)
     mesh, batch = jax.sharding.get_abstract_mesh(), PartitionSpec(axes)

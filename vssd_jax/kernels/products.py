@@ -17,22 +17,29 @@ from vssd_jax.kernels import dispatch
 f32 = jnp.float32
 
 
-def matmul(a: Array, b: Array, *, transpose: str | None = None) -> Array:
+def matmul(
+    a: Array,
+    b: Array,
+    *,
+    transpose: str | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> Array:
     """The product of matrices of one dtype, (..., M, N), accumulated in float32 at least.
 
     Args:
       a: (..., M, K), or (..., K, M) with `transpose="left"`.
       b: (..., K, N), or (..., N, K) with `transpose="right"`.
       transpose: which of the two is transposed, if any.
+      dtype: of the result; None for float32 at least.
 
     Returns:
-      (..., M, N) in float32 at least. Where `narrow_on_cpu`, the gradients are products of bfloat16
+      (..., M, N). Where `narrow_on_cpu`, the gradients are products of bfloat16
       matrices too, with that of the result rounded to it.
     """
+    dtype = dtype or jnp.promote_types(a.dtype, f32)
     if narrow_on_cpu(a):
-        return dispatch.differentiable(_narrow)(a, b, transpose)
-    acc = jnp.promote_types(a.dtype, f32)
-    return jnp.einsum(_EQUATIONS[transpose], a, b, preferred_element_type=acc)
+        return dispatch.differentiable(_narrow)(a, b, transpose).astype(dtype)
+    return jnp.einsum(_EQUATIONS[transpose], a, b, preferred_element_type=dtype)
 
 
 _EQUATIONS = {

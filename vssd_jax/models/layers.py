@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypedDict, TypeVar
+from typing import TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -429,28 +429,15 @@ def norm_parameters(model: nnx.Module) -> set[str]:
     }
 
 
-def compute_dtypes(model: nnx.Module) -> dict[str, jax.typing.DTypeLike]:
-    """The parameters that their layers only use rounded to the compute dtype, and that dtype.
+def round_kernels(model: nnx.Module) -> None:
+    """Rounds the parameters, in place, that layers use in no other dtype than the compute dtype.
 
-    By dotted name. Inference may keep them so: the results are the same, bit for bit.
+    For inference: the results are the same, bit for bit.
     """
-    return {
-        ".".join(map(str, (*path, "kernel"))): module.precision.compute
-        for path, module in nnx.iter_graph(model)
-        if isinstance(module, Linear)
-    }
-
-
-def round_kernels(model: nnx.Module, state: Any) -> Any:
-    """The state of `model` with the parameters of `compute_dtypes` rounded."""
-    dtypes = compute_dtypes(model)
-    flat = []
-    for path, variable in nnx.to_flat_state(state):
-        dtype = dtypes.get(".".join(map(str, path)))
-        flat.append(
-            (path, variable if dtype is None else variable.replace(variable[...].astype(dtype)))
-        )
-    return nnx.from_flat_state(flat)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            kernel = module.kernel[...].astype(module.precision.compute)
+            module.kernel = nnx.Param(kernel)
 
 
 # --- Stochastic depth and dropout ---------------------------------------------------------------

@@ -324,13 +324,16 @@ def by_position(f, shapes, **options):
 
 def network(name, batch, dtype, direction):
     """Inference or gradients of a whole model, and the shapes of its arguments."""
-    model = nnx.eval_shape(
-        lambda: VSSD(getattr(VSSDConfig, name)(), dtype=dtype, rngs=nnx.Rngs(0))
-    )
+
+    def build():
+        model = VSSD(getattr(VSSDConfig, name)(), dtype=dtype, rngs=nnx.Rngs(0))
+        if direction == "forward":
+            round_kernels(model)  # as predictions keep them
+        return model
+
+    model = nnx.eval_shape(build)
     model.eval() if direction == "forward" else model.train()
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    if direction == "forward":  # as predictions keep them
-        params = jax.eval_shape(lambda params: round_kernels(model, params), params)
     images = shape(batch, 224, 224, 3, dtype=dtype)
 
     def forward(params, rest, images):

@@ -61,19 +61,20 @@ def _rows(x: Array) -> Array:
 MANY_ROWS = 4096
 
 
+def _many_rows_on_cpu(x: Array) -> bool:
+    on_cpu = dispatch.target().platform == "cpu" and not products.narrow_on_cpu(x)
+    return on_cpu and len(x) >= MANY_ROWS
+
+
 def _input_gradient(dy: Array, kernel: Array) -> Array:
     """`dy kernel.T`: (R, D), (C, D) -> (R, C)."""
-    if products.narrow_on_cpu(dy):
-        return products.matmul(dy, kernel, transpose="right").astype(dy.dtype)
-    kernel = kernel.T
-    if dispatch.target().platform == "cpu" and len(dy) >= MANY_ROWS:
-        kernel = jax.lax.optimization_barrier(kernel)
-    return jnp.matmul(dy, kernel)
+    if _many_rows_on_cpu(dy):
+        return jnp.matmul(dy, jax.lax.optimization_barrier(kernel.T))
+    return products.matmul(dy, kernel, transpose="right", dtype=dy.dtype)
 
 
 def _kernel_gradient(x: Array, dy: Array) -> Array:
     """`x.T dy`: (R, C), (R, D) -> (C, D), in float32 at least."""
-    wide_on_cpu = dispatch.target().platform == "cpu" and not products.narrow_on_cpu(x)
-    if wide_on_cpu and len(x) >= MANY_ROWS and x.shape[1] > dy.shape[1]:
+    if _many_rows_on_cpu(x) and x.shape[1] > dy.shape[1]:
         return jax.lax.optimization_barrier(_kernel_gradient(dy, x)).T
     return products.matmul(x, dy, transpose="left")

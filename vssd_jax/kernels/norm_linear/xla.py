@@ -26,11 +26,7 @@ def norm_linear(
     # a CPU.
     rows = normed.reshape(-1, x.shape[-1])
     parts = jnp.split(kernel.astype(x.dtype), np.cumsum(widths)[:-1], axis=1)
-
-    def product(part: Array, dtype: jax.typing.DTypeLike) -> Array:
-        if products.narrow_on_cpu(rows):
-            return products.matmul(rows, part).astype(dtype)
-        return jnp.matmul(rows, part, preferred_element_type=dtype)
-
-    results = map(product, parts, dtypes)
-    return tuple(y.reshape(*x.shape[:-1], -1) for y in results)
+    return tuple(
+        products.matmul(rows, part, dtype=dtype).reshape(*x.shape[:-1], -1)
+        for part, dtype in zip(parts, dtypes, strict=True)
+    )

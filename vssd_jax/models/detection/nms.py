@@ -93,7 +93,7 @@ def multiclass_nms(
         boxes: jax.Array, scores: jax.Array, index: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of pairs (N, 4), (N,) that are numbered by `index`."""
-        scores, order = jax.lax.top_k(scores, min(count, len(scores)))
+        scores, order = jax.lax.top_k(scores, count)
         label = (order if index is None else index[order]) % classes
         return boxes[order], scores, label
 

@@ -140,8 +140,6 @@ def _by_products(features: jax.Array, wy: jax.Array, wx: jax.Array) -> jax.Array
 @jax.custom_vjp
 def _by_windows(features: jax.Array, wy: jax.Array, wx: jax.Array) -> jax.Array:
     """The same, region by region from the cells that it covers; its gradient is the products'."""
-    if not isinstance(features.shape[0], int):  # a program for any batch (jax.export)
-        return _region_by_region(features, wy, wx)
     return mesh.over_batch(lambda arrays, _: _region_by_region(*arrays), (features, wy, wx), ())
 
 
