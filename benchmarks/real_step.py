@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # Of each task: training pictures, height and width of a picture, classes.
 SIZES = {
     "classification": (1_281_167, (375, 500), 1000),
-    "detection": (117_266, (480, 640), 80),
+    "detection": (117_266, (480, 800), 80),  # of the largest padded shape
     "segmentation": (20_210, (512, 512), 150),
 }
 OBJECTS = 6  # of a picture; COCO has seven

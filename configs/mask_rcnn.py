@@ -20,8 +20,9 @@ Expected box and mask mAP, the paper's:
 
 What differs from the authors' runs: the heads compute in bfloat16 here, in float32 there
 (--config.dtype=float32 makes everything float32); the stem's BatchNorm takes its statistics from
-the whole batch here, from the two images of a GPU there; a 3x crop of the other orientation than
-its picture is shrunk to the padded shape here, where theirs grows with it.
+the whole batch here, from the two images of a GPU there; the images of a batch have one of six
+padded shapes here, so that in 3x they are of like size, while theirs are of one orientation, each
+two of a GPU padded to the larger (benchmarks/padding.py counts what each way costs).
 
 Hours on 8 GPUs: not measured. 1x is 88,000 steps of 16 images. By arithmetic the multiply-adds of
 tiny take 0.4 hours on 8 H200 (at the speed that configs/tiny.py assumes); but RoIAlign nearly
@@ -59,4 +60,7 @@ def get_config(arg="tiny,1x"):
         config.epochs, config.decay_epochs = 36, (27, 33)
         config.short_sides = tuple(range(480, 801, 32))
         config.crop = True
+        config.padded_shapes = (
+            (800, 1344), (1344, 800), (768, 1024), (1024, 768), (640, 864), (864, 640),
+        )  # fmt: skip
     return config

@@ -1,6 +1,7 @@
 """Fields of COCO's JSON as other tools write them; and whatever else may stand there."""
 
 import copy
+import functools
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ from vssd_jax.data.coco_json import BadField, read_instances
 from vssd_jax.data.datasets.coco import CocoSource
 from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.detection_transforms import eval_transform, train_transform
+from vssd_jax.data.geometry import draw_geometry
 from vssd_jax.errors import UserError
 from vssd_jax.tasks import coco_metrics
 
@@ -175,9 +177,10 @@ def use(images, path):
         )
     decoded = DecodedSource(source)
     for index in range(len(source)):
-        sample = train_transform(
-            decoded[index], np.random.default_rng(0), short_sides=(64,), shapes=((64, 96), (96, 64))
-        )
+        size = np.array([decoded[index]["image"].shape[:2]])
+        draw = functools.partial(draw_geometry, short_sides=(64,))
+        plan = {"geometry": draw(size, np.random.default_rng(0)).row(0), "shape": (64, 96)}
+        sample = train_transform(decoded[index] | plan, np.random.default_rng(0), draw=draw)
         assert np.isfinite(sample["boxes"]).all()
         assert len(truth.class_names) > sample["labels"].max()
     for numbers in coco_metrics.evaluate(truth, results).values():

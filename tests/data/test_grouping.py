@@ -1,9 +1,12 @@
 """Orders in which every batch can be stacked."""
 
+import functools
+
 import numpy as np
 
 from vssd_jax.data import pipeline
-from vssd_jax.data.grouping import Grouped, ShuffledByOrientation, by_key, is_portrait
+from vssd_jax.data.geometry import draw_geometry
+from vssd_jax.data.grouping import Grouped, ShuffledByShape, by_key
 from vssd_jax.data.segmentation_transforms import eval_shapes, eval_transform
 
 
@@ -38,54 +41,93 @@ class Numbers:
 
 
 SIZES = np.where((np.arange(23) % 3 == 0)[:, None], [[4, 3]], [[3, 4]])  # 8 portraits of 23
+PORTRAIT = SIZES[:, 0] > SIZES[:, 1]
+DRAW = functools.partial(draw_geometry, short_sides=(30,), long_side=45)
+SHAPES = ((32, 48), (48, 32))
 
 
-def test_evaluation_has_batches_of_one_orientation():
-    portrait = is_portrait(SIZES)
-    every = Grouped(Numbers(), by_key(portrait), SIZES, 4)
+def shuffled(sizes, batch_size, steps, *, seed=1, draw=DRAW, shapes=SHAPES):
+    return ShuffledByShape(
+        Numbers(), sizes, batch_size, seed=seed, steps=steps, draw=draw, shapes=shapes
+    )
+
+
+def test_evaluation_has_batches_of_one_group():
+    every = Grouped(Numbers(), by_key(PORTRAIT), SIZES, 4)
     elements = [every[i] for i in range(len(every))]
     assert sorted(e["index"] for e in elements if e["valid"]) == list(range(23))
     assert len(elements) == 24
     for i in range(0, 24, 4):
-        kinds = {portrait[e["index"]] for e in elements[i : i + 4]}
+        kinds = {PORTRAIT[e["index"]] for e in elements[i : i + 4]}
         assert len(kinds) == 1
         assert {e["like"] for e in elements[i : i + 4]} == {(4, 3) if kinds.pop() else (3, 4)}
 
 
 def test_training_has_at_most_one_mixed_batch_an_epoch():
-    portrait = is_portrait(SIZES)
-    shuffled = ShuffledByOrientation(Numbers(), SIZES, 4, seed=1, steps=100)
-    order = np.array([shuffled[i]["index"] for i in range(len(shuffled))]).reshape(20, 5, 4)
+    source = shuffled(SIZES, 4, 100)
+    order = np.array([source[i]["index"] for i in range(len(source))]).reshape(20, 5, 4)
     for epoch in order:
         assert len(set(epoch.ravel())) == 20
-        kinds = portrait[epoch].sum(1)
+        kinds = PORTRAIT[epoch].sum(1)
         assert np.count_nonzero((kinds > 0) & (kinds < 4)) <= 1
     assert order[0].tolist() != order[1].tolist()
     for i in range(0, 400, 4):
-        likes = {shuffled[i + k]["like"] for k in range(4)}
-        most = portrait[order.ravel()[i : i + 4]].sum() > 2
-        assert likes == {(4, 3) if most else (3, 4)}
-    again = ShuffledByOrientation(Numbers(), SIZES, 4, seed=1, steps=100)
+        shapes = {source[i + k]["shape"] for k in range(4)}
+        most = PORTRAIT[order.ravel()[i : i + 4]].sum() > 2
+        assert shapes == {(48, 32) if most else (32, 48)}
+    again = shuffled(SIZES, 4, 100)
     assert [again[i]["index"] for i in range(400)] == order.ravel().tolist()
+    assert "2 padded shapes" in source.describe()
+    mixed = source.epoch(0).geometry.original.reshape(5, 4, 2)
+    shrunk = min(len(set(map(tuple, batch.tolist()))) for batch in mixed) > 1
+    assert ("scaled down" in source.describe()) == shrunk or "1 of 20" in source.describe()
 
 
-def test_the_rarer_orientation_is_trained_on():
+def test_pictures_of_every_shape_are_trained_on():
     sizes = np.array([(3, 4)] * 8 + [(4, 3)] * 3)
-    shuffled = ShuffledByOrientation(Numbers(), sizes, 4, seed=0, steps=60)
-    counts = np.bincount([shuffled[i]["index"] for i in range(240)], minlength=11)
+    source = shuffled(sizes, 4, 60, seed=0)
+    counts = np.bincount([source[i]["index"] for i in range(240)], minlength=11)
     assert (counts > 12).all()  # 240 / 11 is 21.8
-    single = ShuffledByOrientation(Numbers(), sizes, 11, seed=0, steps=2)
+    single = shuffled(sizes, 11, 2, seed=0)
     assert sorted(single[i]["index"] for i in range(11)) == list(range(11))
-    assert {single[i]["like"] for i in range(22)} == {(3, 4)}
+    assert {single[i]["shape"] for i in range(22)} == {(32, 48)}
+
+
+def test_the_shape_of_a_batch_holds_it_and_is_the_smallest():
+    """Crops and many sizes: each picture has the size that it would have by itself."""
+    rng = np.random.default_rng(0)
+    sizes = np.stack([rng.integers(300, 640, 500), rng.integers(300, 640, 500)], 1)
+    draw = functools.partial(draw_geometry, short_sides=(480, 640, 800), crop=True)
+    shapes = ((800, 1344), (1344, 800), (640, 864), (864, 640), (640, 640))
+    source = shuffled(sizes, 8, 62, draw=draw, shapes=shapes)
+    epoch = source.epoch(0)
+    batches = epoch.geometry.size.reshape(-1, 8, 2)
+    exceeding = 0
+    for number, batch in zip(epoch.shapes, batches, strict=True):
+        shape = np.array(source.shapes[number])
+        held = (batch <= shape).all()
+        exceeding += not held
+        smaller = [s for s in shapes if np.prod(s) < shape.prod()]
+        assert not held or not any((batch <= s).all() for s in smaller)
+    assert exceeding <= 1
+    assert len(set(epoch.shapes.tolist())) == 5
+    # No matter what the others of its batch are: cropped and resized as drawn.
+    both = [draw(sizes, np.random.default_rng(3)).size.mean(), epoch.geometry.size.mean()]
+    np.testing.assert_allclose(*both, rtol=0.05)
+    element = source[9]
+    np.testing.assert_array_equal(element["geometry"].original, sizes[element["index"]])
+    again = shuffled(sizes, 8, 62, draw=draw, shapes=shapes)[9]
+    np.testing.assert_array_equal(element["geometry"].window, again["geometry"].window)
 
 
 def test_a_source_that_shuffles_itself_keeps_its_order():
-    grouped = ShuffledByOrientation(Numbers(), SIZES, 4, seed=1, steps=7)
+    grouped = shuffled(SIZES, 4, 7)
 
     def read(**options):
         batches = pipeline.train_batches(
-            grouped, lambda x, rng: x, batch_size=4, seed=0, shuffle=False, **options
-        )
+            grouped, lambda x, rng: {"index": x["index"]}, batch_size=4, seed=0, shuffle=False,
+            **options,
+        )  # fmt: skip
         return [batch["index"].tolist() for batch in batches]
 
     order = [[grouped[i + j]["index"] for j in range(4)] for i in range(0, 28, 4)]
@@ -96,7 +138,7 @@ def test_a_source_that_shuffles_itself_keeps_its_order():
 
 
 def test_evaluation_marks_the_padding_of_the_source():
-    grouped = Grouped(Numbers(), by_key(is_portrait(SIZES)), SIZES, 4)
+    grouped = Grouped(Numbers(), by_key(PORTRAIT), SIZES, 4)
     batches = list(pipeline.eval_batches(grouped, lambda element: element, batch_size=4))
     index, valid = (np.concatenate([b[name] for b in batches]) for name in ("index", "valid"))
     assert len(index) == 24

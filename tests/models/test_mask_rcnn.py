@@ -13,6 +13,7 @@ from flax import nnx
 from tests.conftest import AS_USERS
 from tests.golden.inventories import load_inventory
 from tests.golden.synthetic import synthetic_images, synthetic_state_dict
+from vssd_jax.data.coco_masks import pack, part_of
 from vssd_jax.models import mask_rcnn, torch_names
 from vssd_jax.models.detection.assigner import assign
 from vssd_jax.models.detection.masks import paste_masks
@@ -148,12 +149,19 @@ def ground_truth(golden):
     boxes, labels, masks = (jnp.asarray(np.stack(pair)) for pair in pairs)
     # One object more than there are, as padding.
     pad = lambda x: jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+    cells = [np.arange(length) for length in np.unpackbits(masks[0], axis=-1).shape[1:]]
+    parts = [
+        [part_of(mask, *cells) for mask in np.unpackbits(image, axis=-1)]
+        for image in np.asarray(masks)
+    ]
+    packed = [pack(of_image, 2**17, 1 + len(of_image)) for of_image in parts]
+    names = ("masks", "mask_starts", "mask_boxes")
     return {
         "image_shape": jnp.asarray(SHAPES),
         "boxes": pad(boxes),
         "labels": pad(labels.astype(jnp.int32)),
         "valid": pad(jnp.ones(labels.shape, bool)),
-        "masks": pad(masks),
+        **{name: jnp.stack([image[name] for image in packed]) for name in names},
     }
 
 

@@ -203,7 +203,11 @@ def test_what_is_not_trained_on_is_said(data_dir, capsys):
     next(Detection(config).train_batches(0))
     said = capsys.readouterr().out
     assert "training images have more than config.max_objects=1 objects" in said
-    assert "8 landscape and 4 portrait images for training" in said
+    assert "training images have 2 padded shapes" in said
+    task = Detection(config)
+    for left_out in (0.0, 0.5, 0.5):
+        task.check({"train/masks_left_out": left_out})
+    assert capsys.readouterr().out.count("cover them more than eight times") == 1
 
 
 def test_batches_are_of_one_shape_and_repeatable(data_dir):
@@ -217,7 +221,8 @@ def test_batches_are_of_one_shape_and_repeatable(data_dir):
     assert shapes == {(4, 64, 96, 3), (4, 96, 64, 3)}
     for batch in batches:
         height, width = batch["image"].shape[1:3]
-        assert batch["masks"].shape == (4, 6, height, width // 8)
+        assert batch["masks"].shape == (4, height * width)
+        assert batch["image"].dtype == np.uint8
         assert batch["valid"].any(1).all()
     for batch, again in zip(batches[2:], task.train_batches(2), strict=True):
         for name, value in batch.items():

@@ -3,109 +3,88 @@
 Boxes are x1 y1 x2 y2 in pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 
-from vssd_jax.data.coco_masks import rasterise
-from vssd_jax.data.normalization import IMAGENET_MEAN, IMAGENET_STD, normalize
-from vssd_jax.data.sizes import fitted_size
-
-Size = tuple[int, int]  # height and width
-
-LANDSCAPE, PORTRAIT = (800, 1344), (1344, 800)
-
-
-def padded_shape(size: Size, shapes: Sequence[Size]) -> Size:
-    """The shape, of a few, for images of this orientation: the landscape one, or the portrait."""
-    height, width = size
-    return max(shapes, key=lambda shape: (height > width) == (shape[0] > shape[1]))
+from vssd_jax.data.coco_masks import pack, part_of, rasterise
+from vssd_jax.data.geometry import Geometry
+from vssd_jax.data.sizes import Size, common_shapes, fitted_size
 
 
 def input_shape(
     size: Size, *, short_side: int, long_side: int, shapes: Sequence[Size] | None
 ) -> Size:
     """The padded (H, W) of an image of `size` in `eval_transform`, whose arguments these are."""
+    fitted = fitted_size(size, short_side, long_side)
     if shapes is not None:
-        return padded_shape(size, shapes)
-    height, width = fitted_size(size, short_side, long_side)
-    return -(-height // 32) * 32, -(-width // 32) * 32
+        return shapes[int(common_shapes(np.array([fitted]), shapes))]
+    return -(-fitted[0] // 32) * 32, -(-fitted[1] // 32) * 32
 
 
 def train_transform(
     element: dict,
     rng: np.random.Generator,
     *,
-    short_sides: Sequence[int] = (800,),
-    long_side: int = 1333,
-    crop: bool = False,
-    shapes: Sequence[Size] = (LANDSCAPE, PORTRAIT),
+    draw: Callable[[np.ndarray, np.random.Generator], Geometry],
     max_objects: int = 100,
-    flip: float = 0.5,
 ) -> dict[str, Any]:
     """An element of a `DetectionSource` as arrays of fixed shape.
 
-    The paper's 1x schedule takes the defaults, 3x `short_sides=range(480, 801, 32), crop=True`.
-
     Args:
-      element: of a `DetectionSource`, decoded. If it is `like` another, that one's size (H, W)
-        decides the shape.
-      rng: the source of everything random.
-      short_sides, long_side: one of the short sides is taken at random; the long side is bounded.
-      crop: half of the time first resize to a short side of 400, 500 or 600 (the long side bounded
-        as later) and cut out a random rectangle with sides of 384 to 600.
-      shapes: the padded sizes (H, W), one or a landscape and a portrait one. The image's
-        orientation decides; a crop of the other orientation is resized to fit.
-      max_objects: M; of more objects the first count. The masks take M * H * W / 8 bytes.
-      flip: probability of a horizontal flip.
+      element: of a `DetectionSource`, decoded, with its `geometry` and the `shape` (H, W) to pad it
+        to. A picture that exceeds the shape is scaled down to it.
+      rng: for another geometry, where an unreadable picture was replaced by one of another size.
+      draw: `draw_geometry` with its options.
+      max_objects: M; of more objects the first count.
 
     Returns:
-      image: (H, W, 3) float32, normalised, padded with zeros at the bottom and the right.
+      image: (H, W, 3) uint8, padded with zeros at the bottom and the right.
       image_shape: (2,) int32 height and width without the padding.
       boxes: (M, 4) float32, labels (M,) int32, valid (M,) bool.
-      masks: (M, H, W / 8) uint8, a bit a pixel along the width.
-      has_mask: (M,) bool, False where an object has a box alone.
+      masks, mask_starts, mask_boxes, has_mask, masks_left_out: as of `coco_masks.pack`, with H * W
+        bytes, room for masks that cover the image eight times.
       replaced: as of `DecodedSource`.
     """
-    image = element["image"]
-    shape = padded_shape(element.get("like", image.shape[:2]), shapes)
-    boxes, labels = element["boxes"].copy(), element["labels"]
-    segmentations = element["segmentations"][:max_objects]
-    masks = [
-        np.zeros(image.shape[:2], np.uint8) if s is None else rasterise(s, image.shape[:2])
-        for s in segmentations
+    image, shape, geometry = element["image"], element["shape"], element["geometry"]
+    original = image.shape[:2]
+    if tuple(geometry.original) != original:
+        geometry = draw(np.array([original]), rng).row(0)
+    first, window, size = (
+        tuple(field.tolist()) for field in (geometry.first, geometry.window, geometry.size)
+    )
+    corner, part = window[:2], window[2:]
+    if size[0] > shape[0] or size[1] > shape[1]:
+        size = fitted_size(part, min(size), max(size), limit=shape)
+
+    boxes = _resize_boxes(element["boxes"][:max_objects], original, first)
+    boxes = _resize_boxes(boxes - np.array(corner[::-1] * 2, np.float32), part, size)
+    rows, columns = (
+        _nearest(original[axis], first[axis])[corner[axis] + _nearest(part[axis], size[axis])]
+        for axis in range(2)
+    )
+    if geometry.flip:
+        boxes[:, [0, 2]] = size[1] - boxes[:, [2, 0]]
+        columns = columns[::-1]
+    left = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
+    segmentations = [element["segmentations"][i] for i in left]
+    parts = [
+        None if s is None else part_of(rasterise(s, original), rows, columns) for s in segmentations
     ]
-    boxes, labels = boxes[:max_objects], labels[:max_objects]
-    if rng.random() < flip:
-        image, masks = image[:, ::-1], [mask[:, ::-1] for mask in masks]
-        boxes[:, [0, 2]] = image.shape[1] - boxes[:, [2, 0]]
-    if crop and rng.random() < 0.5:
-        size = fitted_size(image.shape[:2], int(rng.choice((400, 500, 600))), long_side)
-        image, boxes, masks = _resize(image, boxes, masks, size)
-        image, boxes, masks = _crop(image, boxes, masks, rng)
-    short_side = int(rng.choice(short_sides))
-    size = fitted_size(image.shape[:2], short_side, long_side, limit=shape)
-    image, boxes, masks = _resize(image, boxes, masks, size)
-    left = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    count = int(left.sum())
-    result = {
-        "image": _padded(normalize(image), shape),
+
+    image = _resize(image, first)[corner[0] :, corner[1] :][: part[0], : part[1]]
+    image = _resize(image, size)
+    return {
+        "image": _padded(image[:, ::-1] if geometry.flip else image, shape),
         "image_shape": np.array(size, np.int32),
-        "boxes": np.zeros((max_objects, 4), np.float32),
-        "labels": np.zeros((max_objects,), np.int32),
-        "valid": np.arange(max_objects) < count,
-        "masks": np.zeros((max_objects, shape[0], -(-shape[1] // 8)), np.uint8),
-        "has_mask": np.zeros((max_objects,), bool),
+        "boxes": _filled(boxes[left], (max_objects, 4), np.float32),
+        "labels": _filled(element["labels"][left], (max_objects,), np.int32),
+        "valid": np.arange(max_objects) < len(left),
         "replaced": element["replaced"],
+        **pack(parts, shape[0] * shape[1], max_objects),
     }
-    result["has_mask"][:count] = [segmentations[i] is not None for i in np.flatnonzero(left)]
-    result["boxes"][:count], result["labels"][:count] = boxes[left], labels[left]
-    for packed, i in zip(result["masks"], np.flatnonzero(left), strict=False):
-        bits = np.packbits(masks[i], axis=-1)
-        packed[: bits.shape[0], : bits.shape[1]] = bits
-    return result
 
 
 def eval_transform(
@@ -113,15 +92,17 @@ def eval_transform(
     *,
     short_side: int = 800,
     long_side: int = 1333,
-    shapes: Sequence[Size] | None = (LANDSCAPE, PORTRAIT),
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+    shapes: Sequence[Size] | None = ((800, 1344), (1344, 800)),
 ) -> dict[str, Any]:
     """An element of a `DetectionSource`, decoded, for inference.
 
-    `shapes` and `like` are as in `train_transform`; None pads to multiples of 32 only, as the
-    authors' evaluation does (batch size 1, a compilation for each shape): VSSD's global mixers see
-    the padding, so that its amount changes the scores a little.
+    Args:
+      element: the element. If it is `like` another, that one's size (H, W) decides the shape.
+      short_side, long_side: the image fits into them.
+      shapes: the padded sizes (H, W), of which the smallest that holds the image is taken. None
+        pads to multiples of 32 only, as the authors' evaluation does (batch size 1, a compilation
+        for each shape): VSSD's global mixers see the padding, so that its amount changes the scores
+        a little.
 
     Returns:
       image, image_shape, replaced as in `train_transform`, and original_shape (2,) and index
@@ -133,9 +114,8 @@ def eval_transform(
         element.get("like", original), short_side=short_side, long_side=long_side, shapes=shapes
     )
     size = fitted_size(original, short_side, long_side, limit=None if shapes is None else shape)
-    image, _, _ = _resize(image, np.zeros((0, 4), np.float32), [], size)
     return {
-        "image": _padded(normalize(image, mean, std), shape),
+        "image": _padded(_resize(image, size), shape),
         "image_shape": np.array(size, np.int32),
         "index": np.int32(element["index"]),
         "original_shape": np.array(original, np.int32),
@@ -143,36 +123,31 @@ def eval_transform(
     }
 
 
-def _resize(
-    image: np.ndarray, boxes: np.ndarray, masks: list[np.ndarray], size: Size
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Everything to `size` (H, W); boxes are clipped to it."""
-    if size != image.shape[:2]:
-        scale = np.array([size[1] / image.shape[1], size[0] / image.shape[0]] * 2, np.float32)
-        boxes = boxes * scale
-        cv_size = (size[1], size[0])
-        image = cv2.resize(np.ascontiguousarray(image), cv_size, interpolation=cv2.INTER_LINEAR)
-        masks = [
-            cv2.resize(np.ascontiguousarray(mask), cv_size, interpolation=cv2.INTER_NEAREST)
-            for mask in masks
-        ]
-    limit = np.array([size[1], size[0]] * 2, np.float32)
-    return image, np.clip(boxes, 0, limit), masks
+def _resize(image: np.ndarray, size: Size) -> np.ndarray:
+    if size == image.shape[:2]:
+        return image
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def _crop(
-    image: np.ndarray, boxes: np.ndarray, masks: list[np.ndarray], rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """A random rectangle with sides of 384 to 600 pixels, or the image's if that is smaller."""
-    sides = [int(rng.integers(min(side, 384), min(side, 600) + 1)) for side in image.shape[:2]]
-    y, x = (int(rng.integers(0, f - s + 1)) for f, s in zip(image.shape[:2], sides, strict=True))
-    window = (slice(y, y + sides[0]), slice(x, x + sides[1]))
-    limit = np.array([sides[1], sides[0]] * 2, np.float32)
-    boxes = np.clip(boxes - np.array([x, y, x, y], np.float32), 0, limit)
-    return image[window], boxes, [mask[window] for mask in masks]
+def _resize_boxes(boxes: np.ndarray, before: Size, after: Size) -> np.ndarray:
+    """Clipped to the image."""
+    scale = np.array([after[1] / before[1], after[0] / before[0]] * 2, np.float32)
+    return np.clip(boxes * scale, 0, np.array(after[::-1] * 2, np.float32))
+
+
+def _nearest(before: int, after: int) -> np.ndarray:
+    """(after,) the pixel that each takes when a row of `before` pixels is resized, as OpenCV's."""
+    row = np.arange(before, dtype=np.float32)[None]
+    return cv2.resize(row, (after, 1), interpolation=cv2.INTER_NEAREST)[0].astype(np.int32)
 
 
 def _padded(image: np.ndarray, shape: Size) -> np.ndarray:
     padded = np.zeros((*shape, 3), image.dtype)
     padded[: image.shape[0], : image.shape[1]] = image
     return padded
+
+
+def _filled(values: np.ndarray, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    filled: np.ndarray = np.zeros(shape, dtype)
+    filled[: len(values)] = values
+    return filled

@@ -1,15 +1,15 @@
 """Sources in an order that lets every batch be stacked: each holds samples of one shape."""
 
 import collections
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vssd_jax.data.balance import resample
+from vssd_jax.data.geometry import Geometry
+from vssd_jax.data.sizes import Size, common_shapes
 from vssd_jax.data.source import Source
-
-Size = tuple[int, int]  # height and width
 
 
 class Grouped:
@@ -55,24 +55,24 @@ def by_key(keys: Iterable[Hashable]) -> list[np.ndarray]:
     return [np.array(groups[key]) for key in sorted(groups)]
 
 
-def is_portrait(sizes: np.ndarray) -> np.ndarray:
-    """(N, 2) heights and widths -> (N,) bool."""
-    return sizes[:, 0] > sizes[:, 1]
+class ShuffledByShape:
+    """Batches for a detector's training, whose pictures are all padded to one of a few shapes.
 
+    An epoch has as many samples as fill batches, in random order. Where the pictures of a shape do
+    not fill its last batch, they go with those of others into the shape that holds them all, if
+    there is one; no more than one batch of an epoch must be scaled down, or as many as there are
+    pictures that no shape holds.
 
-class ShuffledByOrientation:
-    """Batches for training that are all landscape or all portrait, but for one of an epoch.
-
-    An epoch has as many samples as fill batches, in random order. Where neither orientation fills
-    its last batch, the rest of both makes one; all its elements are `like` (height, width) a sample
-    of the orientation that most of them have.
+    An element has its `geometry`, drawn anew in every epoch, and the `shape` of its batch.
 
     Args:
       source: the samples.
       sizes: (samples, 2) height and width.
       batch_size: global; not more than there are samples.
-      seed: of the order.
+      seed: of the order and of the geometry.
       steps: number of batches.
+      draw: `draw_geometry` with its options.
+      shapes: some (H, W).
       weights: (samples,) how often each is drawn, in proportion; None takes each once an epoch.
     """
 
@@ -84,47 +84,86 @@ class ShuffledByOrientation:
         *,
         seed: int,
         steps: int,
+        draw: Callable[[np.ndarray, np.random.Generator], Geometry],
+        shapes: Sequence[Size],
         weights: np.ndarray | None = None,
     ):
-        self._weights = weights
-        self.source, self._sizes, self._portrait = source, sizes, is_portrait(sizes)
+        self.source, self._sizes, self._draw, self._weights = source, sizes, draw, weights
+        # Landscape and portrait apart, so that what does not fill a batch goes with its like.
+        self.shapes = sorted(shapes, key=lambda s: (s[0] > s[1], s[0] * s[1]))
         self._batch_size, self._seed, self._length = batch_size, seed, steps * batch_size
         self._per_epoch = len(sizes) // batch_size * batch_size
-        self._orders: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        self._epochs: collections.OrderedDict[int, Epoch] = collections.OrderedDict()
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
-        epoch, place = divmod(index, self._per_epoch)
-        batch = self._order(epoch)[place // self._batch_size]
-        portrait = self._portrait[batch]
-        like = batch[np.argmax(portrait == (2 * np.count_nonzero(portrait) > len(batch)))]
-        element = self.source[int(batch[place % self._batch_size])]
-        return {**element, "like": _size(self._sizes[like])}
+        number, place = divmod(int(index), self._per_epoch)
+        epoch = self.epoch(number)
+        shape = self.shapes[epoch.shapes[place // self._batch_size]]
+        element = self.source[int(epoch.samples[place])]
+        return {**element, "geometry": epoch.geometry.row(place), "shape": shape}
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """(batches, batch_size) numbers of samples."""
-        order = self._orders.get(epoch)
-        if order is None:
-            order = self._orders[epoch] = self._make_order(epoch)
-            while len(self._orders) > 2:  # other threads may be in other epochs
-                self._orders.popitem(last=False)
-        return order
+    def describe(self) -> str:
+        """How many shapes the first epoch has, its padding, and what no shape holds."""
+        epoch = self.epoch(0)
+        shapes = np.array(self.shapes)[epoch.shapes]
+        sizes = epoch.geometry.size.reshape(*shapes.shape[:1], -1, 2)
+        scale = np.minimum(1, shapes[:, None] / sizes).min(-1)
+        pixels = (sizes.prod(-1) * scale**2).sum() / (shapes.prod(-1).sum() * self._batch_size)
+        text = (
+            f"training images have {len(np.unique(epoch.shapes))} padded shapes, a program is "
+            f"compiled for each; padding is {1 - pixels:.1%} of the pixels"
+        )
+        if shrunk := int(np.count_nonzero(scale < 1)):
+            text += (
+                f"; {shrunk} of {scale.size} images of the first epoch do not fit "
+                f"config.padded_shapes and are scaled down, to {scale.min():.2f} at worst"
+            )
+        return text
 
-    def _make_order(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self._seed, epoch])
+    def epoch(self, number: int) -> "Epoch":
+        """What an epoch holds, and in which order."""
+        epoch = self._epochs.get(number)
+        if epoch is None:
+            epoch = self._epochs[number] = self._make_epoch(number)
+            while len(self._epochs) > 2:  # other threads may be in other epochs
+                self._epochs.popitem(last=False)
+        return epoch
+
+    def _make_epoch(self, number: int) -> "Epoch":
+        rng = np.random.default_rng([self._seed, number])
         if self._weights is None:
-            chosen = rng.permutation(len(self._portrait))[: self._per_epoch]
+            chosen = rng.permutation(len(self._sizes))[: self._per_epoch]
         else:
             chosen = resample(self._weights, self._per_epoch, rng)
-        portrait = self._portrait[chosen]
+        geometry = self._draw(self._sizes[chosen], rng)
+        shape = common_shapes(geometry.size[:, None], self.shapes)
         full, rest = [], []
-        for group in (chosen[~portrait], chosen[portrait]):
-            end = len(group) // self._batch_size * self._batch_size
-            full.append(group[:end])
-            rest.append(group[end:])  # together none, or a batch
-        return rng.permutation(np.concatenate([*full, *rest]).reshape(-1, self._batch_size))
+        for places in (np.flatnonzero(shape == k) for k in range(len(self.shapes))):
+            end = len(places) // self._batch_size * self._batch_size
+            full.append(places[:end])
+            rest.append(places[end:])  # together none, or some batches
+        batches = np.concatenate([*full, *rest]).reshape(-1, self._batch_size)
+        places = rng.permutation(batches).ravel()
+        geometry = Geometry(*(field[places] for field in geometry))
+        together = geometry.size.reshape(-1, self._batch_size, 2)
+        return Epoch(chosen[places], geometry, common_shapes(together, self.shapes))
+
+
+class Epoch(NamedTuple):
+    """The samples of an epoch in their order, their geometry, and the shape of each batch.
+
+    Attributes:
+      samples: (N,) numbers.
+      geometry: of each.
+      shapes: (batches,) numbers of their shapes.
+    """
+
+    samples: np.ndarray
+    geometry: Geometry
+    shapes: np.ndarray
 
 
 def _size(size: Sequence[int] | np.ndarray) -> Size:

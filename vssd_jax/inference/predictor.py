@@ -35,6 +35,7 @@ from vssd_jax.models.layers import round_kernels
 from vssd_jax.models.split import Arrays, SplitModel
 from vssd_jax.tasks import coco_metrics
 from vssd_jax.tasks import segmentation_metrics as metrics
+from vssd_jax.tasks.pixels import normalized
 from vssd_jax.training.sharding import make_mesh
 from vssd_jax.weights.convert import ASSUMED, assumed_names
 from vssd_jax.weights.load import load
@@ -249,11 +250,11 @@ class _Detector:
             "shapes": shapes,
         }
         self._names, self._masks, self._min_score = names, not fields["boxes_only"], min_score
-        self._mean, self._std = fields["mean"], fields["std"]
+        mean, std = fields["mean"], fields["std"]
 
         def forward(arrays: Arrays, images: jax.Array, shapes: jax.Array) -> Detections:
             module: Detector = model.merge(arrays, training=False)  # type: ignore[assignment]
-            return module.predict(images, shapes)
+            return module.predict(normalized(images, shapes, mean, std), shapes)
 
         self._forward = jax.jit(forward, compiler_options=compiler_options())
 
@@ -262,7 +263,7 @@ class _Detector:
 
     def prepare(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         element = {"image": pixels, "index": 0, "replaced": 0}
-        row = detection_transform(element, **self._options, mean=self._mean, std=self._std)
+        row = detection_transform(element, **self._options)
         return {name: row[name] for name in ("image", "image_shape", "original_shape")}
 
     def run(self, arrays: Arrays, batch: dict[str, jax.Array]) -> Detections:

@@ -83,7 +83,8 @@ class Detector(Model, Protocol):
             boxes: (B, M, 4) x1 y1 x2 y2 in pixels.
             labels: (B, M) int32 class indices.
             valid: (B, M) bool, False for padding.
-            masks: (B, M, H, W / 8) uint8, a bit a pixel along the width.
+            masks, mask_starts, mask_boxes: (B, S) uint8, (B, M) and (B, M, 4) int32, the fields of
+              `detection.masks.PackedMasks`.
             has_mask: (B, M) bool, False for objects that train the boxes alone; may be absent.
             class_weights: (num_classes,) of the regions' classification; may be absent.
           rngs: with the streams `sampling` and `dropout`.

@@ -6,6 +6,7 @@ released checkpoints were trained. Boxes are x1 y1 x2 y2 in pixels of the padded
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from vssd_jax.models.detection import anchors as anchor_grid
 from vssd_jax.models.detection import boxes as box_ops
 from vssd_jax.models.detection.assigner import IGNORED, NEGATIVE, assign
 from vssd_jax.models.detection.heads import FPN, BoxHead, MaskHead, RPNHead
-from vssd_jax.models.detection.masks import mask_targets
+from vssd_jax.models.detection.masks import PackedMasks, mask_targets
 from vssd_jax.models.detection.nms import multiclass_nms, nms
 from vssd_jax.models.detection.roi_align import pyramid_roi_align
 from vssd_jax.models.detection.sampler import sample
@@ -262,7 +263,8 @@ class MaskRCNN(nnx.Module):
             boxes: (B, M, 4) in pixels.
             labels: (B, M) int32 class indices.
             valid: (B, M) bool, False for padding.
-            masks: (B, M, H, W / 8) uint8, a bit a pixel along the width.
+            masks, mask_starts, mask_boxes: (B, S) uint8, (B, M) and (B, M, 4) int32, the fields of
+              `PackedMasks`.
             has_mask: (B, M) bool, False for objects that train the boxes alone; may be absent.
             class_weights: (num_classes,) of the regions' classification; may be absent.
           rngs: with the streams `sampling` and, if there is drop path, `dropout`.
@@ -397,7 +399,10 @@ class MaskRCNN(nnx.Module):
             x[:, :max_positives] for x in (regions, assigned, positive, of_class)
         )
         logits = _pick(self.mask_head(self._roi_features(maps, regions, MASK_BINS)), of_class)
-        targets = jax.vmap(mask_targets)(batch["masks"], regions, assigned)
+        masks = PackedMasks(batch["masks"], batch["mask_starts"], batch["mask_boxes"])
+        height, width = (self.strides[0] * length for length in maps[0].shape[1:3])
+        cut = functools.partial(mask_targets, image_size=(height, width))
+        targets = jax.vmap(cut)(masks, regions, assigned)
         mask = _binary_cross_entropy(logits, targets).mean((-1, -2))
         if "has_mask" in batch:
             positive &= jnp.take_along_axis(batch["has_mask"], assigned, axis=1)

@@ -13,14 +13,16 @@ import numpy as np
 from flax import nnx
 
 from vssd_jax.data.balance import sample_weights
-from vssd_jax.data.detection_transforms import eval_transform, train_transform
-from vssd_jax.data.grouping import Grouped, ShuffledByOrientation, by_key, is_portrait
+from vssd_jax.data.detection_transforms import eval_transform, input_shape, train_transform
+from vssd_jax.data.geometry import draw_geometry
+from vssd_jax.data.grouping import Grouped, ShuffledByShape, by_key
 from vssd_jax.data.source import DetectionSource
 from vssd_jax.distributed import is_main, say
 from vssd_jax.errors import UserError
 from vssd_jax.models.family import Detections, Detector
 from vssd_jax.tasks import coco_metrics
 from vssd_jax.tasks.base import BaseTask
+from vssd_jax.tasks.pixels import normalized
 from vssd_jax.tasks.protocol import Batch
 
 
@@ -48,6 +50,7 @@ class Detection(BaseTask[DetectionSource]):
             )
         self._folder = None
         self._results: list[dict[str, Any]] = []
+        self._masks_left_out = False
         if save_predictions is not None:
             self._folder = pathlib.Path(save_predictions)
             try:  # better now than after the evaluation
@@ -97,40 +100,37 @@ class Detection(BaseTask[DetectionSource]):
         config, source = self.config, self.source("train")
         self._check_splits()
         self._say_losses(source)
-        batch_size = config.batch_size
-        grouped = ShuffledByOrientation(
-            self.decoded("train"),
-            source.sizes,
-            batch_size,
-            seed=config.seed,
-            steps=self._total_steps(),
-            weights=sample_weights(self.class_counts() > 0) if config.balanced_sampling else None,
-        )
-        transform = functools.partial(
-            train_transform,
+        draw = functools.partial(
+            draw_geometry,
             short_sides=tuple(config.short_sides),
             long_side=config.long_side,
             crop=config.crop,
-            shapes=_shapes(config),
-            max_objects=config.max_objects,
             flip=config.flip,
+        )
+        grouped = ShuffledByShape(
+            self.decoded("train"),
+            source.sizes,
+            config.batch_size,
+            seed=config.seed,
+            steps=self._total_steps(),
+            draw=draw,
+            shapes=_shapes(config),
+            weights=sample_weights(self.class_counts() > 0) if config.balanced_sampling else None,
+        )
+        say(grouped.describe())
+        transform = functools.partial(
+            train_transform, draw=draw, max_objects=config.max_objects
         )
         return self._train_batches(grouped, transform, start_step, shuffle=False)
 
     def _say_losses(self, source: DetectionSource) -> None:
-        """Says what of the training images is not seen, or not at its best."""
+        """Says what of the training images is not seen."""
         limit = self.config.max_objects
         over = source.object_counts[source.object_counts > limit]
         if len(over):
             say(
                 f"{len(over)} training images have more than config.max_objects={limit} objects; "
                 f"{int((over - limit).sum())} objects beyond the first {limit} of each are left out"
-            )
-        portrait = int(np.count_nonzero(is_portrait(source.sizes)))
-        if 0 < portrait < len(source) and len(self.config.padded_shapes) > 1:
-            say(
-                f"{len(source) - portrait} landscape and {portrait} portrait images for training; "
-                "one batch of an epoch may mix them, and scales the fewer to the others' shape"
             )
 
     def class_counts(self) -> np.ndarray:
@@ -140,14 +140,14 @@ class Detection(BaseTask[DetectionSource]):
     def eval_batches(self) -> Iterator[Batch]:
         """This process's share of the evaluation batches; `valid` masks the padding images."""
         config = self.config
-        transform = functools.partial(
-            eval_transform,
-            short_side=max(config.short_sides),
-            long_side=config.long_side,
-            shapes=None if config.exact_padding else _shapes(config),
-        )
+        options = {
+            "short_side": max(config.short_sides),
+            "long_side": config.long_side,
+            "shapes": None if config.exact_padding else _shapes(config),
+        }
+        transform = functools.partial(eval_transform, **options)
         sizes = self.source("val").sizes
-        groups = by_key(is_portrait(sizes))
+        groups = by_key(input_shape(size, **options) for size in map(tuple, sizes.tolist()))
         grouped = Grouped(self.decoded("val"), groups, sizes, config.eval_batch_size)
         return self._eval_batches(grouped, transform)
 
@@ -162,15 +162,30 @@ class Detection(BaseTask[DetectionSource]):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The sum of the five losses, and each of them."""
         weights = self.class_weights
-        losses = model.losses(
-            batch if weights is None else batch | {"class_weights": jnp.asarray(weights)}, rngs
-        )
-        unreadable = {"unreadable": batch["replaced"].mean()}
-        return cast(jax.Array, sum(losses.values())), losses | unreadable
+        batch = batch | {"image": normalized(batch["image"], batch["image_shape"])}
+        if weights is not None:
+            batch["class_weights"] = jnp.asarray(weights)
+        losses = model.losses(batch, rngs)
+        counts = {
+            "unreadable": batch["replaced"].mean(),
+            "masks_left_out": batch["masks_left_out"].mean(),
+        }
+        return cast(jax.Array, sum(losses.values())), losses | counts
+
+    def check(self, metrics: dict[str, float]) -> None:
+        """See `Task`; and says, once, that masks are left out."""
+        super().check(metrics)
+        if metrics.get("train/masks_left_out", 0) > 0 and not self._masks_left_out:
+            self._masks_left_out = True
+            say(
+                "warning: the masks of some training images cover them more than eight times, and "
+                "the last of these masks are not learned from; train/masks_left_out counts them"
+            )
 
     def eval_step(self, model: Detector, batch: Batch) -> dict[str, Any]:
         """The detections, and the rest of the batch, which says of what images they are."""
-        found = model.predict(batch["image"], batch["image_shape"])
+        images = normalized(batch["image"], batch["image_shape"])
+        found = model.predict(images, batch["image_shape"])
         return {
             "detections": found._asdict(),
             **{name: value for name, value in batch.items() if name != "image"},
