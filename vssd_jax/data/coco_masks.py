@@ -97,7 +97,8 @@ def part_of(
       mask: (h, w) uint8, before.
       rows, columns: (H,) and (W,), for each pixel afterwards its row and its column before.
     """
-    x, y, width, height = cv2.boundingRect(mask)
+    across = np.ascontiguousarray(mask.T)  # free: masks are decoded column by column
+    y, x, height, width = cv2.boundingRect(across)
     inside = [
         np.flatnonzero((cells >= start) & (cells < start + length))
         for cells, start, length in ((rows, y, height), (columns, x, width))
@@ -105,5 +106,5 @@ def part_of(
     if not all(map(len, inside)):
         return np.zeros((0, 0), np.uint8), 0, 0
     top, left = int(inside[0][0]), int(inside[1][0]) // 8 * 8
-    part = mask[rows[top : inside[0][-1] + 1]][:, columns[left : inside[1][-1] + 1]]
-    return part, left, top
+    part = across[columns[left : inside[1][-1] + 1]].T
+    return np.ascontiguousarray(part)[rows[top : inside[0][-1] + 1]], left, top

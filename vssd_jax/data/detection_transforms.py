@@ -77,7 +77,7 @@ def train_transform(
     image = _resize(image, first)[corner[0] :, corner[1] :][: part[0], : part[1]]
     image = _resize(image, size)
     return {
-        "image": _padded(image[:, ::-1] if geometry.flip else image, shape),
+        "image": _padded(cv2.flip(image, 1) if geometry.flip else image, shape),
         "image_shape": np.array(size, np.int32),
         "boxes": _filled(boxes[left], (max_objects, 4), np.float32),
         "labels": _filled(element["labels"][left], (max_objects,), np.int32),
