@@ -27,6 +27,7 @@ import time
 
 import cv2
 import numpy as np
+from absl import flags
 from PIL import Image
 from pycocotools import mask as coco
 
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
+    flags.FLAGS(sys.argv[:1])  # Grain's workers ask for them
     config = config_of(f"mask_rcnn:tiny,{arguments.schedule}")
     draw = functools.partial(
         draw_geometry, short_sides=config.short_sides, long_side=config.long_side, crop=config.crop
