@@ -1,6 +1,10 @@
 """Sizes, crops and flips drawn for many pictures at once."""
 
+import pathlib
+
 import numpy as np
+import pytest
+from scipy import stats
 
 from vssd_jax.data.geometry import draw_geometry
 from vssd_jax.data.sizes import fitted_size
@@ -63,3 +67,34 @@ def test_a_panorama_is_shrunk_before_its_crop():
 def test_the_same_generator_draws_the_same():
     for one, other in zip(draw((50, 60), crop=True), draw((50, 60), crop=True), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def as_recorded(drawn):
+    """The columns of `record_mmdet_geometry.py`."""
+    scale = drawn.first / drawn.original * drawn.size / drawn.window[:, 2:]
+    origin = -drawn.window[:, :2] * drawn.size / drawn.window[:, 2:]
+    return np.concatenate(
+        [drawn.size, scale[:, ::-1], origin[:, ::-1], drawn.flip[:, None]], axis=1
+    )
+
+
+def least_p(drawn, theirs):
+    """Of the Kolmogorov-Smirnov tests of all columns."""
+    ours = as_recorded(drawn).astype(np.float32)
+    # Rounded: many values are equal but for the last digits.
+    return min(
+        stats.ks_2samp(np.round(a, 2), np.round(b, 2), method="asymp").pvalue
+        for a, b in zip(ours.T, theirs.T, strict=True)
+    )
+
+
+@pytest.mark.parametrize("size", [(480, 640), (640, 427)])
+def test_distributions_are_those_of_mmdet(size):
+    theirs = np.load(pathlib.Path(__file__).parent / "mmdet_geometry.npz")["x".join(map(str, size))]
+    options = {"crop": True, "short_sides": SHORT_SIDES}
+    assert least_p(draw(size, 3000, **options), theirs) > 1e-3
+    # It would notice: a missing side, another bound of the long one, fewer flips, no crops.
+    for wrong in (
+        {"short_sides": SHORT_SIDES[1:]}, {"long_side": 1000}, {"flip": 0.4}, {"crop": False},
+    ):  # fmt: skip
+        assert least_p(draw(size, 3000, **options | wrong), theirs) < 1e-3, wrong
