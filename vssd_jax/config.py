@@ -74,6 +74,9 @@ def base_config() -> "ml_collections.ConfigDict":
     config.batch_size = 1024  # global
     config.eval_batch_size = 1024
     config.accumulate = 1  # micro-batches of a step
+    # Images that share the statistics of BatchNorm in training, as those of a GPU do in PyTorch
+    # without SyncBN. None: the global batch, or micro-batch, whatever the number of devices.
+    config.batch_norm_images = _optional(int)
     config.epochs = 300
     config.steps = _optional(int)  # instead of epochs
 
@@ -308,6 +311,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "num_classes", "batch_size", "eval_batch_size", "accumulate", "epochs",
             "steps", "learning_rate_batch", "max_nonfinite", "eval_every_epochs",
             "save_every_steps", "log_every_steps", "max_objects", "max_pixels",
+            "batch_norm_images",
         ),
         _AT_LEAST_1,
     ),
@@ -405,8 +409,8 @@ _AUGMENTATION: dict[str, tuple[str, Callable[[Any], bool]]] = {
 OPTIONAL = frozenset(
     (
         "num_classes", "implementation", "steps", "learning_rate_batch", "warmup_steps",
-        "save_every_steps", "init_from", "cache_decoded", "class_names", "image_suffix",
-        "label_suffix", "reduce_zero_label", "class_weights", *PATHS,
+        "batch_norm_images", "save_every_steps", "init_from", "cache_decoded", "class_names",
+        "image_suffix", "label_suffix", "reduce_zero_label", "class_weights", *PATHS,
     )
 )  # fmt: skip
 
