@@ -13,7 +13,8 @@ annotations/{training,validation}/*.png. For the authors' image sizes in evaluat
 
 Expected mIoU, the paper's: micro 45.6, multi-scale 46.0; tiny 47.9, multi-scale 48.7; it gives none
 for small.
-As in the authors' runs the heads' BatchNorm is decayed (no_decay="backbone_norms"). Other than
+As in the authors' runs the heads' BatchNorm is decayed (no_decay="backbone_norms"), and BatchNorm
+takes its statistics from the whole batch (batch_norm_images=None; SyncBN there). Other than
 there, the heads compute in bfloat16; --config.dtype=float32 makes everything float32.
 Hours on 8 GPUs: about 1, the time that 12 workers take for 2.56 million crops at 17 ms each
 (measured, a 683x512 JPEG on one core). 8 H200 would need 0.3 to 0.4 by arithmetic, not measured:

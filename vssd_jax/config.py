@@ -188,7 +188,12 @@ def detection_config() -> "ml_collections.ConfigDict":
 
 
 def imagenet_config() -> "ml_collections.ConfigDict":
-    """The paper's recipe for ImageNet-1K; the variants differ in batch, rates and MESA."""
+    """The paper's recipe for ImageNet-1K; the variants differ in batch, rates and MESA.
+
+    BatchNorm takes its statistics from the global batch. Under PyTorch's DistributedDataParallel,
+    with which the authors trained, it takes them from a GPU's part: with eight GPUs that is
+    `batch_norm_images` of 128 for a batch of 1024. Their running average is the first GPU's.
+    """
     config = classification_config()
     config.dataset = "imagenet2012"
     config.image_size = 224
