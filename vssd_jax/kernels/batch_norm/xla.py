@@ -57,8 +57,8 @@ def _forward(
     centred = wide - _spread(mean, x)
     var = _sums(jnp.square(centred), images) / count
     y = centred * _spread(scale * jax.lax.rsqrt(var + epsilon), x) + bias
-    moments = (m.reshape(-1, x.shape[-1]).mean(0) for m in (mean, var))
-    return (y.astype(dtype), *moments), (x, mean, var, scale)
+    of_batch = [moment.reshape(-1, x.shape[-1]).mean(0) for moment in (mean, var)]
+    return (y.astype(dtype), of_batch[0], of_batch[1]), (x, mean, var, scale)
 
 
 def _backward(
