@@ -32,12 +32,12 @@ from jax import export
 
 from vssd_jax import __version__, strict_json
 from vssd_jax.config import preprocessing_of
-from vssd_jax.data.normalization import normalize
 from vssd_jax.errors import UserError, did_you_mean
 from vssd_jax.kernels.dispatch import automatic_gradients
 from vssd_jax.known_classes import readable
 from vssd_jax.models import family
 from vssd_jax.models.split import SplitModel
+from vssd_jax.tasks.pixels import normalized
 from vssd_jax.weights.convert import assumed_names
 from vssd_jax.weights.folder import Weights, new_file
 from vssd_jax.weights.load import load
@@ -98,9 +98,7 @@ def make_program(
 
     def function(images: jax.Array, *image_shapes: jax.Array) -> dict[str, jax.Array]:
         if input_dtype == "uint8":
-            images = normalize(images, fields["mean"], fields["std"])
-            if image_shapes:  # a detector's padding is 0 after the normalisation
-                images = jnp.where(_inside(images, image_shapes[0]), images, 0)
+            images = normalized(images, *image_shapes, mean=fields["mean"], std=fields["std"])
         with automatic_gradients():
             arrays = {name: jnp.asarray(x).astype(jnp.float32) for name, x in params.items()}
             model: Any = split.merge(arrays, training=False)
@@ -121,13 +119,6 @@ def make_program(
     if detects:
         inputs["image_shapes"] = jax.ShapeDtypeStruct((shape[0], 2), jnp.int32)
     return Program(function, inputs, activations)
-
-
-def _inside(images: jax.Array, image_shapes: jax.Array) -> jax.Array:
-    """(B, H, W, 3), (B, 2) -> (B, H, W, 1) bool, False for padding."""
-    rows = jnp.arange(images.shape[1])[:, None, None] < image_shapes[:, None, None, None, 0]
-    columns = jnp.arange(images.shape[2])[:, None] < image_shapes[:, None, None, None, 1]
-    return rows & columns
 
 
 def default_size(task: str, part: str, fields: dict[str, Any]) -> tuple[int, int] | None:
