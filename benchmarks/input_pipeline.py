@@ -167,7 +167,7 @@ def run(function, count: int, epoch: int) -> None:
         function(i, np.random.default_rng((epoch, i)))
 
 
-def work(root: pathlib.Path, count: int, epochs: int, barrier, spans) -> None:
+def work(pipelines, root: pathlib.Path, count: int, epochs: int, barrier, spans) -> None:
     function = pipelines(root)["vssd_jax"]
     run(function, count // 10, 0)
     for epoch in range(epochs):
@@ -177,11 +177,11 @@ def work(root: pathlib.Path, count: int, epochs: int, barrier, spans) -> None:
         spans.put((epoch, start, time.monotonic()))
 
 
-def joint_rate(root: pathlib.Path, count: int, epochs: int, workers: int) -> float:
+def joint_rate(pipelines, root: pathlib.Path, count: int, epochs: int, workers: int) -> float:
     """Images per second of `workers` processes, from the first's start to the last one's end."""
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(workers), context.Queue()
-    arguments = (root, count, epochs, barrier, queue)
+    arguments = (pipelines, root, count, epochs, barrier, queue)
     processes = [context.Process(target=work, args=arguments) for _ in range(workers)]
     for process in processes:
         process.start()
@@ -195,9 +195,34 @@ def joint_rate(root: pathlib.Path, count: int, epochs: int, workers: int) -> flo
     return statistics.median(rates)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=200)
+def nbytes(example: dict) -> int:
+    return sum(np.asarray(value).nbytes for value in example.values())
+
+
+def compare(
+    description: str,
+    *,
+    write_pictures,
+    pipelines,
+    check_agreement,
+    baselines: tuple[str, ...],
+    about: dict,
+    pictures: int = 200,
+) -> None:
+    """The command line of a comparison.
+
+    Args:
+      description: of the script.
+      write_pictures: (folder, number) -> None.
+      pipelines: folder -> name -> (index, generator) -> example; "vssd_jax" is this project's. A
+        function of a module, for worker processes.
+      check_agreement: (pipelines, number of pictures) -> None.
+      baselines: names of pipelines to which all are compared.
+      about: further fields of the report.
+      pictures: how many, unless the user says otherwise.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=pictures)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
@@ -210,26 +235,27 @@ def main() -> None:
         check_agreement(functions, min(count, 100))
         repeated = [core_seconds(functions, count, epoch) for epoch in range(repetitions)]
         times = {name: [t[name] for t in repeated] for name in functions}
+        sizes = {name: nbytes(f(0, np.random.default_rng(0))) for name, f in functions.items()}
         rates = {
-            workers: joint_rate(root, count, repetitions, workers)
+            workers: joint_rate(pipelines, root, count, repetitions, workers)
             for workers in sorted({1, arguments.workers})
         }
+    keys = {name: "ratio_to_" + "_".join(name.replace(",", "").split()) for name in baselines}
     report = {
-        "picture": "500x375 JPEG, quality 92",
-        "image_size": IMAGE_SIZE,
+        **about,
         "images_per_second_per_core": {
             name: count / statistics.median(t) for name, t in times.items()
         },
-        "ratio_to_pillow": ratios(times, "pillow"),
-        "ratio_to_pillow_uint8": ratios(times, "pillow, uint8"),
+        "bytes_per_image": sizes,
+        **{key: ratios(times, name) for name, key in keys.items()},
         "images_per_second_by_workers": rates,
         "scaling_per_worker": rates[arguments.workers] / (arguments.workers * rates[1]),
     }
-    print(f"{'pipeline':<26}{'images/s per core':>18}{'ratio':>8}{'to uint8':>10}")
+    print(f"{'pipeline':<26}{'images/s per core':>18}{'bytes':>10}", end="")
+    print("".join(f"{f'to {name}':>20}" for name in baselines))
     for name, rate in report["images_per_second_per_core"].items():
-        to_complete = report["ratio_to_pillow"][name]
-        to_uint8 = report["ratio_to_pillow_uint8"][name]
-        print(f"{name:<26}{rate:>18.0f}{to_complete:>8.2f}{to_uint8:>10.2f}")
+        print(f"{name:<26}{rate:>18.0f}{sizes[name]:>10}", end="")
+        print("".join(f"{report[key][name]:>20.2f}" for key in keys.values()))
     for workers, rate in rates.items():
         print(f"{workers} worker(s): {rate:.0f} images/s")
     print(f"scaling per worker: {report['scaling_per_worker']:.2f}")
@@ -238,4 +264,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    compare(
+        __doc__,
+        write_pictures=write_pictures,
+        pipelines=pipelines,
+        check_agreement=check_agreement,
+        baselines=("pillow", "pillow, uint8"),
+        about={"picture": "500x375 JPEG, quality 92", "image_size": IMAGE_SIZE},
+    )

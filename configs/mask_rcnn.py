@@ -18,11 +18,13 @@ Expected box and mask mAP, the paper's:
     tiny   46.9  42.6   48.8  43.6
     small  48.4  43.5   50.0  44.6
 
-What differs from the authors' runs: the heads compute in bfloat16 here, in float32 there
-(--config.dtype=float32 makes everything float32); the stem's BatchNorm takes its statistics from
-the whole batch here, from the two images of a GPU there; the images of a batch have one of six
-padded shapes here, so that in 3x they are of like size, while theirs are of one orientation, each
-two of a GPU padded to the larger (benchmarks/padding.py counts what each way costs).
+As in the authors' runs the backbone's BatchNorm takes its statistics from two images, those of a
+GPU there; here it does so on any number of devices (--config.batch_norm_images=None: from the whole
+batch). What differs: the running average of the statistics is that of all pairs, there of the first
+GPU's alone; the heads compute in bfloat16 here, in float32 there (--config.dtype=float32 makes
+everything float32); the images of a batch have one of six padded shapes here, so that in 3x they
+are of like size, while theirs are of one orientation, each two of a GPU padded to the larger
+(benchmarks/padding.py counts what each way costs).
 
 Hours on 8 GPUs: not measured. 1x is 88,000 steps of 16 images. By arithmetic the multiply-adds of
 tiny take 0.4 hours on 8 H200 (at the speed that configs/tiny.py assumes); but RoIAlign nearly
@@ -47,6 +49,7 @@ def get_config(arg="tiny,1x"):
     config.num_workers = 12
 
     config.batch_size = 16
+    config.batch_norm_images = 2
     config.eval_batch_size = 16
     config.learning_rate = 1e-4
     config.learning_rate_batch = 16

@@ -13,12 +13,13 @@ annotations/{training,validation}/*.png. For the authors' image sizes in evaluat
 
 Expected mIoU, the paper's: micro 45.6, multi-scale 46.0; tiny 47.9, multi-scale 48.7; it gives none
 for small.
-As in the authors' runs the heads' BatchNorm is decayed (no_decay="backbone_norms"). Other than
+As in the authors' runs the heads' BatchNorm is decayed (no_decay="backbone_norms"), and BatchNorm
+takes its statistics from the whole batch (batch_norm_images=None; SyncBN there). Other than
 there, the heads compute in bfloat16; --config.dtype=float32 makes everything float32.
-Hours on 8 GPUs: about 1, the time that 12 workers take for 2.56 million crops at 17 ms each
-(measured, a 683x512 JPEG on one core). 8 H200 would need 0.3 to 0.4 by arithmetic, not measured:
-the backbone at 70 % of the memory roofline of ImageNet training, by pixels, and the decoder's
-multiply-adds at 40 % of 990 TFLOP/s; two crops a GPU will keep it less busy than that.
+Hours on 8 GPUs: not measured. 8 H200 would need 0.3 to 0.4 by arithmetic: the backbone at 70 % of
+the memory roofline of ImageNet training, by pixels, and the decoder's multiply-adds at 40 % of 990
+TFLOP/s; two crops a GPU will keep it less busy than that. The 12 workers prepare 2.56 million crops
+in as long, at 177 images/s each (benchmarks/segmentation_pipeline.py, 683x512 JPEGs).
 """
 
 from vssd_jax.config import segmentation_config

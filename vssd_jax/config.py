@@ -78,6 +78,9 @@ def base_config() -> "ml_collections.ConfigDict":
     config.batch_size = 1024  # global
     config.eval_batch_size = 1024
     config.accumulate = 1  # micro-batches of a step
+    # Images that share the statistics of BatchNorm in training, as those of a GPU do in PyTorch
+    # without SyncBN. None: the global batch, or micro-batch, whatever the number of devices.
+    config.batch_norm_images = _optional(int)
     config.epochs = 300
     config.steps = _optional(int)  # instead of epochs
 
@@ -189,7 +192,12 @@ def detection_config() -> "ml_collections.ConfigDict":
 
 
 def imagenet_config() -> "ml_collections.ConfigDict":
-    """The paper's recipe for ImageNet-1K; the variants differ in batch, rates and MESA."""
+    """The paper's recipe for ImageNet-1K; the variants differ in batch, rates and MESA.
+
+    BatchNorm takes its statistics from the global batch. Under PyTorch's DistributedDataParallel,
+    with which the authors trained, it takes them from a GPU's part: with eight GPUs that is
+    `batch_norm_images` of 128 for a batch of 1024. Their running average is the first GPU's.
+    """
     config = classification_config()
     config.dataset = "imagenet2012"
     config.image_size = 224
@@ -312,6 +320,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
             "num_classes", "batch_size", "eval_batch_size", "accumulate", "epochs",
             "steps", "learning_rate_batch", "max_nonfinite", "eval_every_epochs",
             "save_every_steps", "log_every_steps", "max_objects", "max_pixels",
+            "batch_norm_images",
         ),
         _AT_LEAST_1,
     ),
@@ -409,8 +418,8 @@ _AUGMENTATION: dict[str, tuple[str, Callable[[Any], bool]]] = {
 OPTIONAL = frozenset(
     (
         "num_classes", "implementation", "steps", "learning_rate_batch", "warmup_steps",
-        "save_every_steps", "init_from", "cache_decoded", "class_names", "image_suffix",
-        "label_suffix", "reduce_zero_label", "class_weights", *PATHS,
+        "batch_norm_images", "save_every_steps", "init_from", "cache_decoded", "class_names",
+        "image_suffix", "label_suffix", "reduce_zero_label", "class_weights", *PATHS,
     )
 )  # fmt: skip
 

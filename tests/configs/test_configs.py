@@ -146,7 +146,7 @@ def test_mask_rcnn_follows_the_paper(variant):
             assert schedule(2000 * drop - 1) == pytest.approx(rate)
         assert (*config.betas, config.weight_decay, config.no_decay) == (0.9, 0.999, 0.05, "norms")
         assert (config.clip_grad_norm, config.ema_decay) == (0, 0)
-        assert (config.long_side, config.flip) == (1333, 0.5)
+        assert (config.long_side, config.flip, config.batch_norm_images) == (1333, 0.5, 2)
     assert (short.short_sides, short.crop) == ((800,), False)
     assert long.short_sides == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     assert long.crop

@@ -7,7 +7,13 @@ from flax import nnx
 
 from vssd_jax.kernels.add_branch import add_branch
 from vssd_jax.models.family import build
-from vssd_jax.models.layers import BatchNorm, ChannelDropout, DropPath, Precision
+from vssd_jax.models.layers import (
+    BatchNorm,
+    ChannelDropout,
+    DropPath,
+    Precision,
+    batch_norm_groups,
+)
 from vssd_jax.models.split import SplitModel
 
 
@@ -18,6 +24,17 @@ def test_batch_norm_keeps_pytorchs_statistics(x64):
     np.testing.assert_allclose(np.mean(y, (0, 1, 2)), 0, atol=1e-12)
     np.testing.assert_allclose(norm.mean[...], 0.1 * x.mean((0, 1, 2)))
     np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * x.var((0, 1, 2), ddof=1))
+
+
+def test_batch_norm_averages_the_statistics_of_groups(x64):
+    x = np.random.default_rng(0).normal(2, 3, (4, 5, 3, 2))
+    norm = BatchNorm(2, precision=Precision(jnp.float64))
+    batch_norm_groups(norm, 2)
+    y = norm(jnp.asarray(x)).reshape(2, 30, 2)
+    np.testing.assert_allclose(y.mean(1), 0, atol=1e-12)
+    groups = x.reshape(2, 30, 2)
+    np.testing.assert_allclose(norm.mean[...], 0.1 * groups.mean(1).mean(0))
+    np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * groups.var(1, ddof=1).mean(0))
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():

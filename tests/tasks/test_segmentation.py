@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -18,6 +20,7 @@ from tests.resume import assert_same_run, train_with_stops
 from vssd_jax import UserError, create_model
 from vssd_jax.data.datasets import ade20k
 from vssd_jax.data.label_maps import open_folders, read_labels
+from vssd_jax.data.normalization import normalize
 from vssd_jax.inference.evaluation import evaluate_weights
 from vssd_jax.tasks import make_task
 from vssd_jax.tasks import segmentation_metrics as metrics
@@ -253,6 +256,36 @@ def test_a_first_batch_without_labels_is_refused(tmp_path):
             Image.fromarray(np.zeros((40, 56), np.uint8)).save(path)
     with pytest.raises(UserError, match="every pixel of the first batch is ignored"):
         next(Segmentation(small_config(tmp_path)).train_batches(0))
+
+
+class Witness:
+    """A segmentor that keeps the images that it is called with."""
+
+    aux_weight = 0.0
+
+    def __call__(self, images, rngs=None):
+        self.images = np.asarray(images)
+        return (jnp.zeros((len(images), 8, 8, 150)),)
+
+
+def test_models_see_normalised_pixels_and_padding_of_zeros(data_dir):
+    task, model = Segmentation(small_config(data_dir)), Witness()
+    sides = set()
+    for batch in itertools.islice(task.train_batches(0), 5):
+        assert batch["image"].dtype == np.uint8
+        task.loss(model, batch, step=0, rngs=None, teacher=None)
+        for pixels, (height, width), seen in zip(
+            batch["image"], batch["image_shape"], model.images, strict=True
+        ):
+            inside = seen[:height, :width]
+            np.testing.assert_allclose(inside, normalize(pixels[:height, :width]), atol=1e-6)
+            assert np.count_nonzero(seen) == np.count_nonzero(inside)
+            sides |= {height, width}
+    assert min(sides) < 32 == max(sides)
+    batch = next(task.eval_batches())
+    task.eval_step(model, batch)
+    assert batch["images"]["0"].dtype == np.uint8
+    np.testing.assert_allclose(model.images, normalize(batch["images"]["0"]), atol=1e-6)
 
 
 def test_pictures_that_cannot_be_read_do_not_count(weights, tmp_path, capfd):

@@ -1,11 +1,14 @@
 """Tasks by name, those of the package and others."""
 
 import pytest
+from flax import nnx
 
 from vssd_jax import tasks
-from vssd_jax.config import classification_config
+from vssd_jax.config import classification_config, segmentation_config
 from vssd_jax.data import registry
 from vssd_jax.errors import UserError
+from vssd_jax.models.family import abstract
+from vssd_jax.models.layers import BatchNorm
 from vssd_jax.tasks.base import BaseTask
 
 
@@ -44,3 +47,12 @@ def test_wrong_names_and_options(task, options, message):
     config.task = task
     with pytest.raises(UserError, match=message):
         tasks.make_task(config, **options)
+
+
+def test_batch_norm_images_share_their_statistics():
+    config = segmentation_config()
+    config.update(model="upernet_vssd_nano", batch_norm_images=2, num_classes=3)
+    model = abstract(tasks.make_task(config).build)
+    norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)]
+    assert len(norms) == 21  # 5 of the stem, 3 of the ways down, 13 of the heads
+    assert {norm.images for norm in norms} == {2}

@@ -302,6 +302,9 @@ def test_eight_devices_train_as_one(tmp_path, data_dir):
     [
         ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
         ({"accumulate": 3}, "use a multiple of 3"),
+        ({"batch_norm_images": 0}, "batch_norm_images=0 must be a whole number of at least 1"),
+        ({"batch_norm_images": 48}, "batch_norm_images=48 does not divide config.batch_size=128"),
+        ({"batch_norm_images": 64, "accumulate": 4}, "batch_size=128 in 4 micro-batches"),
         ({"mesh": {"data": 3}}, "does not fit 1 devices"),
         ({"mesh": {"data": -1, "fsdp": 2}}, "does not fit 1 devices"),
         ({"profile_steps": "15:10"}, "must be like 10:15"),

@@ -17,11 +17,6 @@ import scipy.sparse
 from PIL import Image
 
 from vssd_jax.data.randaugment import rand_augment, to_uint8
-from vssd_jax.host import keep_freed_memory
-
-# The pipeline runs a worker per core: OpenCV's own threads would only get in their way.
-cv2.setNumThreads(0)
-keep_freed_memory()
 
 
 def _cubic(x: np.ndarray) -> np.ndarray:

@@ -13,6 +13,12 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vssd_jax.data.source import Source
 from vssd_jax.errors import UserError
+from vssd_jax.host import keep_freed_memory
+
+# The pipeline runs a worker per core, each of which imports this module: OpenCV's own threads would
+# only get in their way.
+cv2.setNumThreads(0)
+keep_freed_memory()
 
 # Pillow's own limit; a small file can claim to be a picture of many gigabytes.
 MAX_PIXELS = 89_478_485

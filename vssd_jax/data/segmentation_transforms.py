@@ -9,7 +9,6 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vssd_jax.data.normalization import normalize
 from vssd_jax.data.sizes import fitted_size
 
 IGNORE = 255
@@ -42,15 +41,19 @@ def random_crop_window(
 
     window = draw()
     for _ in range(10 if max_ratio < 1 else 0):
-        counts = np.bincount(label[window].ravel(), minlength=IGNORE + 1)[:IGNORE]
+        histogram = cv2.calcHist([label[window]], [0], None, [IGNORE + 1], [0, IGNORE + 1])
+        counts = histogram.ravel()[:IGNORE].astype(np.float64)
         if np.count_nonzero(counts) > 1 and counts.max() < max_ratio * counts.sum():
             break
         window = draw()
     return window
 
 
-def _clip(image: np.ndarray) -> np.ndarray:
-    return np.clip(image, 0, 255).astype(np.uint8)
+_LEVELS = np.arange(256, dtype=np.uint8)
+
+
+def _clip(levels: np.ndarray) -> np.ndarray:
+    return np.clip(levels, 0, 255).astype(np.uint8)
 
 
 def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -60,23 +63,38 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
     by 0.5 to 1.5. Contrast comes before or after the colours, with equal probability.
     """
 
-    def contrast(image: np.ndarray) -> np.ndarray:
-        return _clip(image * np.float32(rng.uniform(0.5, 1.5))) if rng.integers(2) else image
+    # All but the change of colour space is the same for pixels of a level: a table of 256.
+    def contrast(levels: np.ndarray) -> np.ndarray:
+        return _clip(levels * np.float32(rng.uniform(0.5, 1.5))) if rng.integers(2) else levels
 
+    levels = _LEVELS
     if rng.integers(2):
-        image = _clip(image + np.float32(rng.uniform(-32, 32)))
+        levels = _clip(levels + np.float32(rng.uniform(-32, 32)))
     contrast_first = rng.integers(2)
     if contrast_first:
-        image = contrast(image)
+        levels = contrast(levels)
+    image = _looked_up(image, levels)
     saturate, turn = rng.integers(2, size=2)
     if saturate or turn:
-        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+        hsv = np.stack([_LEVELS] * 3, -1)
         if saturate:
-            hsv[..., 1] = _clip(hsv[..., 1] * np.float32(rng.uniform(0.5, 1.5)))
+            hsv[:, 1] = _clip(_LEVELS * np.float32(rng.uniform(0.5, 1.5)))
         if turn:
-            hsv[..., 0] = (hsv[..., 0].astype(np.int32) + rng.integers(-18, 18)) % 180
-        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    return image if contrast_first else contrast(image)
+            hsv[:, 0] = (_LEVELS.astype(np.int32) + rng.integers(-18, 18)) % 180
+        image = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), hsv[None])
+        image = cv2.cvtColor(image, cv2.COLOR_HSV2RGB)
+    return image if contrast_first else _looked_up(image, contrast(_LEVELS))
+
+
+def _looked_up(image: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    return image if levels is _LEVELS else cv2.LUT(image, levels)
+
+
+def _padded(array: np.ndarray, size: tuple[int, int], value: int) -> np.ndarray:
+    """With `value` at the bottom and the right, up to `size` (H, W)."""
+    padded = np.full((*size, *array.shape[2:]), value, array.dtype)
+    padded[: array.shape[0], : array.shape[1]] = array
+    return padded
 
 
 def train_transform(
@@ -90,7 +108,7 @@ def train_transform(
     max_ratio: float = 0.75,
     flip: float = 0.5,
 ) -> dict[str, Any]:
-    """The recipe: random resize, crop, flip and colours; normalised and padded.
+    """The recipe: random resize, crop, flip and colours; padded. The device normalises.
 
     Args:
       element: of a `SegmentationSource`, decoded.
@@ -101,8 +119,9 @@ def train_transform(
       flip: probability of a horizontal flip.
 
     Returns:
-      `image` (crop, crop, 3) float32, 0 where padded; `label` (crop, crop) uint8, 255 where
-      ignored or padded; `replaced` as of `DecodedSource`.
+      `image` (crop, crop, 3) uint8, padded at the bottom and the right; `image_shape` (2,) int32,
+      its height and width without the padding; `label` (crop, crop) uint8, 255 where ignored or
+      padded; `replaced` as of `DecodedSource`.
     """
     image, label = element["image"], element["label"]
     factor = rng.uniform(*scales)
@@ -112,12 +131,11 @@ def train_transform(
     window = random_crop_window(label, (crop, crop), max_ratio, rng)
     image, label = resize(image, size)[window], label[window]
     if rng.random() < flip:
-        image, label = image[:, ::-1], label[:, ::-1]
-    image = normalize(photometric_distortion(np.ascontiguousarray(image), rng))
-    below, right = crop - label.shape[0], crop - label.shape[1]
+        image, label = cv2.flip(image, 1), cv2.flip(label, 1)
     return {
-        "image": np.pad(image, ((0, below), (0, right), (0, 0))),
-        "label": np.pad(label, ((0, below), (0, right)), constant_values=IGNORE),
+        "image": _padded(photometric_distortion(image, rng), (crop, crop), 0),
+        "image_shape": np.array(label.shape, np.int32),
+        "label": _padded(label, (crop, crop), IGNORE),
         "replaced": element["replaced"],
     }
 
@@ -164,7 +182,7 @@ def eval_transform(
       label_multiple: the same for the sides of the padded labels.
 
     Returns:
-      `images`: a dict `{"0": (h, w, 3) float32, "1": ...}` in the order of `ratios`; `label`
+      `images`: a dict `{"0": (h, w, 3) uint8, "1": ...}` in the order of `ratios`; `label`
       (H, W) uint8; `size` (2,) int32, the label's height and width before padding; `index`, int32;
       `replaced` as of `DecodedSource`.
     """
@@ -173,10 +191,9 @@ def eval_transform(
     *sizes, padded = eval_shapes(like, short, long, ratios, multiple, label_multiple)
     if element["replaced"]:  # it does not count, and may have any size
         label = np.full(like, IGNORE, np.uint8)
-    below, right = padded[0] - label.shape[0], padded[1] - label.shape[1]
     return {
-        "images": {str(index): normalize(resize(image, size)) for index, size in enumerate(sizes)},
-        "label": np.pad(label, ((0, below), (0, right)), constant_values=IGNORE),
+        "images": {str(index): resize(image, size) for index, size in enumerate(sizes)},
+        "label": _padded(label, padded, IGNORE),
         "size": np.array(label.shape, np.int32),
         "index": np.int32(element["index"]),
         "replaced": element["replaced"],

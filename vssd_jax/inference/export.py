@@ -98,8 +98,7 @@ def make_program(
 
     def function(images: jax.Array, *image_shapes: jax.Array) -> dict[str, jax.Array]:
         if input_dtype == "uint8":
-            shapes = image_shapes[0] if image_shapes else None
-            images = normalized(images, shapes, fields["mean"], fields["std"])
+            images = normalized(images, *image_shapes, mean=fields["mean"], std=fields["std"])
         with automatic_gradients():
             arrays = {name: jnp.asarray(x).astype(jnp.float32) for name, x in params.items()}
             model: Any = split.merge(arrays, training=False)

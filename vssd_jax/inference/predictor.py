@@ -254,7 +254,7 @@ class _Detector:
 
         def forward(arrays: Arrays, images: jax.Array, shapes: jax.Array) -> Detections:
             module: Detector = model.merge(arrays, training=False)  # type: ignore[assignment]
-            return module.predict(normalized(images, shapes, mean, std), shapes)
+            return module.predict(normalized(images, shapes, mean=mean, std=std), shapes)
 
         self._forward = jax.jit(forward, compiler_options=compiler_options())
 
@@ -306,11 +306,11 @@ class _Segmentor:
             "long": fields["long_side"],
             "multiple": fields["size_multiple"],
         }
-        self._names, self._mean, self._std = names, fields["mean"], fields["std"]
+        self._names, mean, std = names, fields["mean"], fields["std"]
 
         def forward(arrays: Arrays, images: jax.Array) -> jax.Array:
             module: Any = model.merge(arrays, training=False)
-            return module(images)[0]
+            return module(normalized(images, mean=mean, std=std))[0]
 
         def label_maps(
             logits: jax.Array, sizes: jax.Array, seen: tuple[int, int], shape: tuple[int, int]
@@ -329,7 +329,7 @@ class _Segmentor:
 
     def prepare(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         seen, _ = eval_shapes(pixels.shape[:2], **self._options)
-        image = normalize(segmentation_resize(pixels, seen), self._mean, self._std)
+        image = segmentation_resize(pixels, seen)
         return {"image": image, "size": np.array(pixels.shape[:2], np.int32)}
 
     def run(self, arrays: Arrays, batch: dict[str, jax.Array]) -> jax.Array:

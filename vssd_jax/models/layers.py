@@ -334,6 +334,10 @@ class BatchNorm(nnx.Module):
 
     PyTorch normalises with the biased variance of the batch but keeps a running average of the
     unbiased one; Flax's own module keeps the biased one.
+
+    With `batch_norm_groups` each group of images has its own statistics. The running average is
+    then that of their mean over the groups of a step; of several GPUs PyTorch keeps the first
+    one's.
     """
 
     def __init__(self, channels: int, *, precision: Precision) -> None:
@@ -345,6 +349,7 @@ class BatchNorm(nnx.Module):
         self.momentum = 0.1
         self.epsilon = 1e-5
         self.precision = precision
+        self.images: int | None = None
 
     def running(self) -> tuple[jax.Array, jax.Array]:
         """Scale and shift (C,) of the normalisation with the running average."""
@@ -357,8 +362,10 @@ class BatchNorm(nnx.Module):
         if self.use_running_average:
             scale = scale * jax.lax.rsqrt(self.var[...] + self.epsilon)
             return ((x.astype(scale.dtype) - self.mean[...]) * scale + bias).astype(dtype)
-        y, mean, var = batch_norm(x, scale, bias, self.epsilon, dtype)
+        y, mean, var = batch_norm(x, scale, bias, self.epsilon, dtype, images=self.images)
         count = x.size // x.shape[-1]
+        if self.images is not None:
+            count = count // x.shape[0] * self.images
         unbiased = jax.lax.stop_gradient(var) * (count / max(count - 1, 1))
         self.mean[...] += self.momentum * (jax.lax.stop_gradient(mean) - self.mean[...])
         self.var[...] += self.momentum * (unbiased - self.var[...])
@@ -427,6 +434,16 @@ def norm_parameters(model: nnx.Module) -> set[str]:
         for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))
         if any(path[: len(norm)] == norm for norm in norms)
     }
+
+
+def batch_norm_groups(model: nnx.Module, images: int | None) -> None:
+    """Makes every `BatchNorm`, in place, take its moments in training from groups of `images`.
+
+    They follow each other in the batch; None makes all of the global batch one group.
+    """
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            module.images = images
 
 
 def round_kernels(model: nnx.Module) -> None:

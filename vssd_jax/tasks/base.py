@@ -19,6 +19,7 @@ from vssd_jax.data.source import LabelledSource, Source
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError, describe_difference
 from vssd_jax.models import family
+from vssd_jax.models.layers import batch_norm_groups
 from vssd_jax.tasks.protocol import Batch
 
 SourceT = TypeVar("SourceT", bound=LabelledSource)
@@ -158,7 +159,7 @@ class BaseTask(Generic[SourceT]):
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
         """The fresh model, in training mode."""
         config = self.config
-        return family.build(
+        model = family.build(
             config.model,
             num_classes=self.num_classes,
             dtype=jnp.dtype(config.dtype),
@@ -167,6 +168,8 @@ class BaseTask(Generic[SourceT]):
             rngs=rngs,
             **config.model_options,
         )
+        batch_norm_groups(model, config.batch_norm_images)
+        return model
 
     def check(self, metrics: dict[str, float]) -> None:
         """Raises a UserError if too many of the last pictures were unreadable."""

@@ -11,6 +11,7 @@ from vssd_jax.types import Array, Float, Int, UInt8
 def normalized(
     images: UInt8[Array, "B H W 3"],
     shapes: Int[Array, "B 2"] | None = None,
+    *,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Float[Array, "B H W 3"]:
@@ -20,7 +21,7 @@ def normalized(
       images: grey levels from 0 to 255.
       shapes: height and width of each image without its padding, at the bottom and the right,
         which becomes 0. None: there is no padding.
-      mean, std: see `normalize`.
+      mean, std: of values in [0, 1].
     """
     pixels = normalize(images, mean, std)
     if shapes is None:

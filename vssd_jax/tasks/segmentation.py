@@ -27,6 +27,7 @@ from vssd_jax.errors import UserError
 from vssd_jax.models.family import Segmentor
 from vssd_jax.tasks import segmentation_metrics as metrics
 from vssd_jax.tasks.base import BaseTask
+from vssd_jax.tasks.pixels import normalized
 from vssd_jax.tasks.protocol import Batch
 
 
@@ -148,7 +149,7 @@ class Segmentation(BaseTask[SegmentationSource]):
         teacher: Callable[..., Any],
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy of both heads."""
-        outputs = model(batch["image"], rngs)
+        outputs = model(normalized(batch["image"], batch["image_shape"]), rngs)
         loss, parts = metrics.segmentation_loss(
             outputs,
             batch["label"],
@@ -163,7 +164,8 @@ class Segmentation(BaseTask[SegmentationSource]):
         replaced = batch["replaced"].astype(bool)
         valid = batch["valid"] & ~replaced
         label = jnp.where(valid[:, None, None], batch["label"], IGNORE)
-        views = metrics.model_views(model, batch["images"], flip=self._tta and self.config.flip > 0)
+        images = {name: normalized(pixels) for name, pixels in batch["images"].items()}
+        views = metrics.model_views(model, images, flip=self._tta and self.config.flip > 0)
         predicted = metrics.predict_labels(views[:1], size, shape)
         outputs = {
             "confusion": metrics.confusion_matrix(predicted, label, self.num_classes),

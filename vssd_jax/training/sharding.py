@@ -45,6 +45,16 @@ def check_batch(name: str, size: int, devices: int, parts: int = 1) -> None:
         )
 
 
+def check_groups(images: int | None, batch_size: int, parts: int) -> None:
+    """Raises a UserError unless micro-batches have whole groups of images for BatchNorm."""
+    if images is not None and batch_size // parts % images:
+        micro = f" in {parts} micro-batches" if parts > 1 else ""
+        raise UserError(
+            f"config.batch_norm_images={images} does not divide config.batch_size={batch_size}"
+            f"{micro}"
+        )
+
+
 def state_shardings(state: Any, mesh: Mesh) -> Any:
     """The sharding of each array of a tree: large ones are split over the mesh's axis "fsdp".
 

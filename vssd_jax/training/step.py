@@ -30,6 +30,7 @@ from vssd_jax.training.packed import pack, pack_all, unpack_all
 from vssd_jax.training.plan import Plan
 from vssd_jax.training.sharding import (
     check_batch,
+    check_groups,
     device_batches,
     make_mesh,
     state_shardings,
@@ -162,6 +163,7 @@ class Trainer:
     def __init__(self, task: Task, config: ml_collections.ConfigDict, plan: Plan) -> None:
         self.mesh = make_mesh(config.mesh)
         check_batch("batch_size", config.batch_size, self.mesh.size, config.accumulate)
+        check_groups(config.batch_norm_images, config.batch_size, config.accumulate)
         self.model = SplitModel(task.build, frozen_parts(config))
         self.evaluate = Evaluator(task, self.model, self.mesh)
         self.learning_rate = make_schedule(config, plan.steps_per_epoch)
