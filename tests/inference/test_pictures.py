@@ -11,7 +11,7 @@ from flax import nnx
 
 from tests.golden.inventories import load_inventory
 from tests.golden.synthetic import synthetic_state_dict
-from tests.golden_model import ablation_config, golden_images, golden_model, relative_error
+from tests.golden_model import ablation_config, golden_images, golden_model, relative_error, run
 from torch_reference import create_model
 from vssd_jax.errors import UserError
 from vssd_jax.inference import pictures
@@ -257,24 +257,24 @@ def test_what_each_mixer_sees(kind, x64):
     order = np.arange(height * width).reshape(height, width)
     centre = order[height // 2, width // 2]
     if kind == "ssd":
-        assert (field[order <= centre] > 1e-9).all()
+        assert (field[order <= centre] > 1e-12).all()
         assert (field[order > centre] == 0).all()
     else:
-        assert (field > 1e-9).all()
+        assert (field > 1e-12).all()
 
 
-def test_the_whole_network_sees_the_picture_with_nc_ssd_and_half_of_it_with_a_causal_scan(x64):
-    size = 128
-    shares = {}
+def test_a_network_sees_the_picture_with_nc_ssd_and_what_lies_before_with_a_causal_scan(x64):
+    size, seen = 96, {}
     for name in ("ncssd", "ssd"):
         config = VSSDConfig(**{**TINY, "mixers": (name,) * 4})
         model = VSSD(config, num_classes=3, dtype=jnp.float64, rngs=nnx.Rngs(0))
-        field = pictures.receptive_field(model, images(size, size), stage=1)
-        # Local convolutions (stem, downsampling, 3 in each of 3 blocks) reach some pixels further.
-        shares[name] = (field > 0).mean(1)
-    assert (shares["ncssd"] == 1).all()
-    assert (shares["ssd"][: size // 2] == 1).all()
-    assert (shares["ssd"][-16:] == 0).all()
+        field = pictures.receptive_field(model, images(size, size, batch=4), stage=0)
+        seen[name] = (field > 0).mean(1)  # of each row of pixels
+    # A ReLU may be off at a pixel in all four images.
+    assert (seen["ncssd"] > 0.9).all()
+    assert (seen["ssd"][: size // 2] > 0.9).all()
+    # Local convolutions reach further: 3 of the block at stride 4, 10 pixels of the stem.
+    assert (seen["ssd"][size // 2 + 4 + 3 * 4 + 10 :] == 0).all()
 
 
 def test_a_field_is_the_mean_over_images(x64):
@@ -327,9 +327,9 @@ def test_grad_cam_against_pytorch(name, stage):
 
 def test_grad_cam_of_the_best_class_and_of_none_that_is():
     model = golden_model(VSSDConfig.nano(), "classification_nano", num_classes=10, dtype="float32")
-    x = golden_images((2, 3, 64, 64))
+    x = jnp.asarray(golden_images((2, 3, 64, 64)))
     best = pictures.grad_cam(model, x)
-    logits = np.asarray(model(x))
+    logits = np.asarray(run(model, x))
     assert best.targets.tolist() == logits.argmax(-1).tolist()
     np.testing.assert_allclose(best.scores, logits.max(-1), atol=1e-5)
     for label in (10, -1):
@@ -337,97 +337,101 @@ def test_grad_cam_of_the_best_class_and_of_none_that_is():
             pictures.grad_cam(model, x, label)
 
 
-def numerical(score, channels, step=1e-5):
-    """The gradient of a score with respect to a number added to each channel of a map."""
-    return np.array([(score(c, step) - score(c, -step)) / (2 * step) for c in range(channels)])
+def change_by_channel(model, x, stage, score, step=1e-5):
+    """The gradient of `score(model, x)` with respect to a number added to a channel of a map.
+
+    Added everywhere, so this is the sum of the gradient over the positions. By differences; a
+    detector's regions stay those of the map as it is.
+    """
+    graph, state = nnx.split(model)
+
+    def watched(state, watcher):
+        with watching(watcher):
+            return score(nnx.merge(graph, state), x)
+
+    @jax.jit
+    def regions_of(state):
+        regions = []
+
+        def watcher(name, value, **about):
+            if name == "proposals":
+                regions.append(value)
+            return value
+
+        watched(state, watcher)
+        return regions
+
+    @jax.jit
+    def changed(state, change, regions):
+        seen = []
+
+        def watcher(name, value, **about):
+            if name == "proposals":
+                return regions[0]
+            if name == "map":
+                seen.append(value)
+                return value + change if len(seen) - 1 == stage else value
+            return value
+
+        return watched(state, watcher)
+
+    regions = regions_of(state)
+    steps = step * np.eye(model.backbone.widths[stage])
+    return np.array(
+        [(changed(state, by, regions) - changed(state, -by, regions)) / (2 * step) for by in steps]
+    )
 
 
-def shifted(model, x, stage, channel, by, score):
-    """`score(model, x)` with a number added to a channel of a stage's map, everywhere."""
-    seen = []
-
-    def watcher(name, value, **about):
-        if name == "proposals":
-            return jax.lax.stop_gradient(value)
-        if name == "map":
-            seen.append(value)
-            return value.at[..., channel].add(by) if len(seen) - 1 == stage else value
-        return value
-
-    with watching(watcher):
-        return score(model, jnp.asarray(x)), seen[stage]
+def plain_grad_cam(features, gradient):
+    """Of a map (h, w, C) and the gradient's sums over its positions."""
+    return np.maximum((features * gradient / features[..., 0].size).sum(-1), 0)
 
 
 def test_grad_cam_of_a_segmentor_against_differences(x64):
-    """The mean gradient is a number's that is added to the whole map, over the positions."""
     model = family.build(
-        "upernet_vssd_nano", num_classes=4, dtype=jnp.float64, rngs=nnx.Rngs(0), **TINY
-    )
+        "upernet_vssd_nano", num_classes=4, dtype=jnp.float64, rngs=nnx.Rngs(0), channels=8,
+        aux_channels=8, **TINY,
+    )  # fmt: skip
     model.eval()
-    x = images(48, 64)
-    labels = np.asarray(model(jnp.asarray(x))[0].argmax(-1))
-    label = int(np.bincount(labels.ravel()).argmax())
-    found = pictures.grad_cam(model, x, stage=2)
+    x = jnp.asarray(images(48, 64))
+    labels = np.asarray(nnx.jit(lambda model, x: model(x)[0])(model, x)).argmax(-1)
+    counts = np.bincount(labels.ravel(), minlength=4)
+    label = int(counts.argmax())
+    found = pictures.grad_cam(model, x, stage=1)
     assert found.targets.tolist() == [label]
 
     def score(model, x):
-        return float(model(x)[0][..., label][labels == label].mean())
+        logits = model(x)[0][..., label]
+        return jnp.where(labels == label, logits, 0).sum() / counts[label]
 
-    features = pictures.feature_maps(model, x)[2][0]
-    gradient = numerical(lambda c, by: shifted(model, x, 2, c, by, score)[0], features.shape[-1])
-    expected = np.maximum((features * gradient / features[..., 0].size).sum(-1), 0)
+    gradient = change_by_channel(model, x, 1, score)
+    expected = plain_grad_cam(pictures.feature_maps(model, x)[1][0], gradient)
+    assert expected.max() > 0
     assert relative_error(found.maps[0], expected) < 1e-6
-    assert found.scores[0] == pytest.approx(score(model, jnp.asarray(x)))
-    missing = next((c for c in range(4) if c not in labels), None)
-    if missing is not None:
-        with pytest.raises(UserError, match=f"no pixel is of class {missing}"):
-            pictures.grad_cam(model, x, missing)
+    model.decode_head.classifier.bias[...] = jnp.array([0, 0, 0, -1e3])
+    with pytest.raises(UserError, match="no pixel is of class 3"):
+        pictures.grad_cam(model, x, 3)
 
 
 def test_grad_cam_of_a_detector_against_differences(x64):
     model = family.build(
-        "mask_rcnn_vssd_nano", dtype=jnp.float64, rngs=nnx.Rngs(0), score_threshold=0.01,
-        rpn_pre_nms=20, rpn_proposals=10, fpn_channels=8, box_channels=8, max_detections=5, **TINY,
+        "mask_rcnn_vssd_nano", num_classes=3, dtype=jnp.float64, rngs=nnx.Rngs(0),
+        score_threshold=0.01, rpn_pre_nms=20, rpn_proposals=10, fpn_channels=8, box_channels=8,
+        max_detections=5, **TINY,
     )  # fmt: skip
     model.eval()
-    x, shapes = images(64, 64), np.array([[64, 50]], np.int32)
-    objects = model.predict(jnp.asarray(x), jnp.asarray(shapes))
-    assert bool(objects.valid[0, 1])
-    found = pictures.grad_cam(model, x, 1, stage=3, image_shapes=shapes)
-    assert found.scores[0] == pytest.approx(float(objects.scores[0, 1]))
+    x, shapes = jnp.asarray(images(64, 64)), jnp.array([[64, 50]], jnp.int32)
+    found = pictures.grad_cam(model, x, 1, stage=2, image_shapes=shapes)
 
-    proposals = []
+    def score(model, x):
+        return model.predict(x, shapes).scores[0, 1]
 
-    def keep(name, value, **about):
-        if name == "proposals":
-            proposals.append(value)
-        return value
-
-    with watching(keep):
-        model.predict(jnp.asarray(x), jnp.asarray(shapes))
-    # A small difference changes neither the order of the objects nor which of them are kept, and
-    # the regions are those of the picture as it is.
-    def held(name, value, **about):
-        return proposals[0] if name == "proposals" else about["inner"](name, value)
-
-    def score(channel, by):
-        seen = []
-
-        def inner(name, value):
-            if name == "map":
-                seen.append(value)
-                return value.at[..., channel].add(by) if len(seen) == 4 else value
-            return value
-
-        with watching(lambda name, value, **about: held(name, value, inner=inner)):
-            return float(model.predict(jnp.asarray(x), jnp.asarray(shapes)).scores[0, 1])
-
-    features = pictures.feature_maps(model, x)[3][0]
-    gradient = numerical(score, features.shape[-1])
-    expected = np.maximum((features * gradient / features[..., 0].size).sum(-1), 0)
+    gradient = change_by_channel(model, x, 2, score)
+    expected = plain_grad_cam(pictures.feature_maps(model, x)[2][0], gradient)
+    assert expected.max() > 0
     assert relative_error(found.maps[0], expected) < 1e-5
     with pytest.raises(UserError, match=r"object 7 \(the best is 0\) is not"):
-        pictures.grad_cam(model, x, 7, stage=3)
+        pictures.grad_cam(model, x, 7, stage=2, image_shapes=shapes)
 
 
 # --- Other models ----------------------------------------------------------------------------------
