@@ -121,5 +121,6 @@ def _marked(pixels: np.ndarray, mark: tuple[int, int, int, int] | None) -> np.nd
     picture = Image.fromarray(np.array(pixels, order="C"))
     left, top, right, bottom = mark
     thick = max(1, max(picture.size) // 120)
-    ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), outline=_MARK, width=thick)
+    frame = left, top, max(left, right - 1), max(top, bottom - 1)
+    ImageDraw.Draw(picture).rectangle(frame, outline=_MARK, width=thick)
     return np.asarray(picture)

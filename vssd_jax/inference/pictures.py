@@ -2,7 +2,7 @@
 
 Every function takes a model (classifier, detector or segmentor; it is left as it is, and run in
 evaluation mode) and images (B, H, W, 3) as the model gets them: normalised, of any size. The values
-are those that the model computes with, see `vssd_jax.models.taps`; what a function returns is NumPy.
+are those that the model computes with, see `vssd_jax.models.taps`; what is returned is NumPy.
 
 `stage` counts the stages of the backbone from 0; negative numbers count from the last.
 Shape letters: h and w are height and width of a stage's map, ceil(H / stride) and ceil(W / stride).
@@ -23,7 +23,7 @@ from vssd_jax.host import compiler_options
 from vssd_jax.kernels.attention.xla import split
 from vssd_jax.models.family import Backbone, Detector, Images, ImageShapes, Segmentor
 from vssd_jax.models.taps import watching
-from vssd_jax.types import Float, Int
+from vssd_jax.types import Float
 
 # --- Token weights, attention, feature maps -----------------------------------------------------
 
@@ -195,12 +195,14 @@ class GradCAM(NamedTuple):
       maps: (B, h, w) float32, at least 0, in units of the score: the sum over the channels of the
         map times the mean over the positions of the score's gradient with respect to it.
       scores: (B,) float32.
-      targets: (B,) int32, which class or box the score is of.
+      labels: (B,) int32, the classes that the scores are of.
+      boxes: (B, 4) x1 y1 x2 y2 of a detector's objects, in pixels; None of other models.
     """
 
     maps: np.ndarray
     scores: np.ndarray
-    targets: np.ndarray
+    labels: np.ndarray
+    boxes: np.ndarray | None
 
 
 def grad_cam(
@@ -229,7 +231,7 @@ def grad_cam(
     """
     images = _array(images)
     if image_shapes is None:
-        image_shapes = np.tile(np.int32(images.shape[1:3]), (len(images), 1))
+        image_shapes = np.array([images.shape[1:3]] * len(images), np.int32)
     if not isinstance(model, Detector):
         classes: int = getattr(model, "num_classes", 0) or 0
         if not classes:
@@ -239,24 +241,24 @@ def grad_cam(
     elif target is not None and target < 0:
         raise UserError(f"there is no object {target}: the best one is 0")
     number = jnp.asarray(-1 if target is None else target, jnp.int32)
-    maps, scores, targets, found = _run(
+    maps, scores, labels, boxes, found = _run(
         _grad_cam, model, images, jnp.asarray(image_shapes), number, stage=stage
     )
     if not found.all():
-        image = f" in image {np.argmin(found)}" if len(found) > 1 else ""
-        if isinstance(model, Detector):
-            raise UserError(f"object {targets[np.argmin(found)]} (the best is 0) is not{image}")
-        raise UserError(f"no pixel is of class {target}{image}")
-    return GradCAM(maps, scores, targets)
+        where = f" in image {np.argmin(found)}" if len(found) > 1 else ""
+        if boxes is not None:
+            raise UserError(f"there is no object {target or 0}{where}: the best one is 0")
+        raise UserError(f"no pixel is of class {target}{where}")
+    return GradCAM(maps, scores, labels, boxes)
 
 
 def _grad_cam(
     model: nnx.Module, images: jax.Array, shapes: jax.Array, target: jax.Array, *, stage: int
-) -> tuple[jax.Array, ...]:
+) -> tuple[Any, ...]:
     index = stage_index(model, stage)
-    shape = _watched(model, images)[index]["map"][0]  # of its values nothing is used
+    shape = _watched(model, images)[index]["map"][0]  # nothing is used of its values
 
-    def score(change: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def score(change: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
         maps: list[jax.Array] = []
 
         def watcher(name: str, value: Any, **about: Any) -> Any:
@@ -268,28 +270,28 @@ def _grad_cam(
             return value
 
         with watching(watcher):
-            scores, targets, found = _scores(model, images, shapes, target)
-        return scores.sum(), (maps[index], scores, targets, found)
+            scores, *about = _scores(model, images, shapes, target)
+        return scores.sum(), (maps[index], scores, *about)
 
-    gradient, (features, scores, targets, found) = jax.grad(score, has_aux=True)(
-        jnp.zeros_like(shape)
-    )
+    gradient, (features, *about) = jax.grad(score, has_aux=True)(jnp.zeros_like(shape))
     wide = jnp.promote_types(features.dtype, jnp.float32)
     weights = gradient.astype(wide).mean((1, 2), keepdims=True)
-    return jax.nn.relu((weights * features).sum(-1)), scores, targets, found
+    return jax.nn.relu((weights * features).sum(-1)), *about
 
 
 def _scores(
     model: Any, images: jax.Array, shapes: jax.Array, target: jax.Array
-) -> tuple[Float[jax.Array, " B"], Int[jax.Array, " B"], jax.Array]:
-    """The score, what it is of, and whether it is there, for each image; target -1 is the best."""
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+    """(B,) scores, labels, boxes, and whether there is such an object or a pixel of the class.
+
+    Target -1 is the best.
+    """
     if isinstance(model, Detector):
         objects = model.predict(images, shapes)
         most = objects.scores.shape[1]
-        number = jnp.maximum(target, 0)
-        place = jnp.minimum(number, most - 1)
-        found = objects.valid[:, place] & (number < most)
-        return objects.scores[:, place], jnp.full(len(images), number), found
+        place = jnp.clip(target, 0, most - 1)
+        found = objects.valid[:, place] & (target < most)
+        return objects.scores[:, place], objects.labels[:, place], objects.boxes[:, place], found
     if isinstance(model, Segmentor):
         logits = model(images)[0]
         best = logits.argmax(-1)
@@ -298,11 +300,11 @@ def _scores(
         inside = best == chosen[:, None, None]
         values = jnp.take_along_axis(logits, chosen[:, None, None, None], -1)[..., 0]
         count = inside.sum((1, 2))
-        return (values * inside).sum((1, 2)) / jnp.maximum(count, 1), chosen, count > 0
+        return (values * inside).sum((1, 2)) / jnp.maximum(count, 1), chosen, None, count > 0
     logits = model(images)
     chosen = jnp.where(target < 0, logits.argmax(-1), target)
     values = jnp.take_along_axis(logits, chosen[:, None], -1)[:, 0]
-    return values, chosen, jnp.ones(len(images), bool)
+    return values, chosen, None, jnp.ones(len(images), bool)
 
 
 # --- Running a model and watching it --------------------------------------------------------------
@@ -326,6 +328,20 @@ def stage_index(model: nnx.Module, stage: int) -> int:
     if not -count <= operator.index(stage) < count:
         raise UserError(f"there is no stage {stage}: the model has {count}")
     return stage % count
+
+
+def mixers(model: nnx.Module) -> list[str | None]:
+    """What can be seen of the mixers of each stage: "token_weights", "attention" or None."""
+    graph, state = nnx.split(model)
+    found: list[str | None] = []
+
+    def look(state: nnx.State, images: jax.Array) -> None:
+        for stage in _watched(_evaluating(graph, state), images):
+            seen = "token_weights" if "token_weights" in stage else None
+            found.append("attention" if "qkv" in stage else seen)
+
+    jax.eval_shape(look, state, jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+    return found
 
 
 def _array(images: Images) -> jax.Array:
@@ -360,10 +376,19 @@ def _blocks(values: list[jax.Array]) -> jax.Array:
     return stacked.astype(jnp.promote_types(stacked.dtype, jnp.float32))
 
 
-def _run(function: Callable[..., Any], model: nnx.Module, *arrays: jax.Array, **options: Any) -> Any:
+def _run(
+    function: Callable[..., Any], model: nnx.Module, *arrays: jax.Array, **options: Any
+) -> Any:
     """`function(model, *arrays, **options)` as one program; its options are hashable."""
     graph, state = nnx.split(model)
     return jax.device_get(_program()(function, graph, tuple(options.items()), state, arrays))
+
+
+def _evaluating(graph: nnx.GraphDef, state: nnx.State) -> nnx.Module:
+    """A copy of a model in evaluation mode."""
+    model = nnx.merge(graph, state, copy=True)
+    model.eval()
+    return model
 
 
 @functools.cache
@@ -375,8 +400,6 @@ def _program() -> Callable[..., Any]:
         state: nnx.State,
         arrays: tuple[jax.Array, ...],
     ) -> Any:
-        model = nnx.merge(graph, state, copy=True)
-        model.eval()
-        return function(model, *arrays, **dict(options))
+        return function(_evaluating(graph, state), *arrays, **dict(options))
 
     return jax.jit(look, static_argnums=(0, 1, 2), compiler_options=compiler_options())
