@@ -13,7 +13,7 @@ _ANCHORS = (
     "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1fa088 28ae80 3fbc73 5ec962 "
     "84d44b addc30 d8e219 fde725"
 )
-_OVER = 0.6  # of the colour in a map over a picture
+_OVER = 0.7  # of the colour in a map over a picture
 _GREY = 224
 _MARK = (255, 0, 0)
 

@@ -1,10 +1,11 @@
 """What a model sees of the pictures of a folder, drawn and written as files."""
 
 import collections
+import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -108,37 +109,61 @@ def look(
     index = _stage(model, stage)
     target = _target(predictor, label, box)
     kinds = _available(model, kinds, index, names_given=bool(what))
-    if compare is not None and "receptive_field" not in kinds:
-        raise UserError("other weights are compared by the receptive field: ask for it as well")
+    for option, value, kind in (
+        ("token", token, "attention"),
+        ("class", label, "grad_cam"),
+        ("box", box, "grad_cam"),
+        ("compare", compare, "receptive_field"),
+    ):
+        if value is not None and kind not in kinds:
+            raise UserError(f"{option} is for {kind}, which is not among {', '.join(kinds)}")
     stems = output_stems(names)
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if len(names) > limit:
         say(f"the first {limit} of {len(names)} pictures are looked at")
+    seen = _read(predictor, base, names[:limit])
+    if token is not None:
+        _check_token(seen, token)
+    written: list[pathlib.Path] = []
+    nothing: list[str] = []
+    with _writing(folder):
+        for name, one in seen.items():
+            found: dict[str, Drawing] = {}
+            for kind, draw in _of_one(predictor, model, one, index, token, target).items():
+                try:
+                    found |= {kind: draw()} if kind in kinds else {}
+                except pictures.NothingFound as error:
+                    nothing.append(f"{kind} of {name}: {error}")
+                    say(f"warning: {nothing[-1]}")
+            written += _write(folder / stems[name], name, found)
+        if len(nothing) == len(seen) and "grad_cam" in what:
+            raise UserError(nothing[0])
+        if "receptive_field" in kinds:
+            fields = [(os.fspath(weights), model, list(seen.values()))]
+            if compare is not None:
+                other = load_predictor(compare, **options)
+                again = [seen_by(other, base / name) for name in seen]
+                fields.append((os.fspath(compare), other.module(), again))
+            written += _write(folder, "all pictures", {"receptive_field": _fields(fields, stage)})
+    say(f"{len(written)} files -> {folder}")
+    return written
+
+
+def _read(predictor: Predictor, base: pathlib.Path, names: Sequence[str]) -> dict[str, Seen]:
+    """The pictures by name, without those that cannot be read, which are said."""
     seen: dict[str, Seen] = {}
     failed: list[str] = []
-    for name in names[:limit]:
+    for name in names:
         try:
             seen[name] = seen_by(predictor, base / name)
         except (UnreadableImage, OSError) as error:
             failed.append(reason(base / name, error))
-            say(f"warning: {failed[-1]}")
     if not seen:
         raise UserError(failed[0])
-    written: list[pathlib.Path] = []
-    try:
-        for name, one in seen.items():
-            found = _of_one(predictor, model, one, kinds, index, token, target)
-            written += _write(folder / stems[name], name, found)
-        if "receptive_field" in kinds:
-            fields = [(_name(weights), predictor, model, list(seen.values()))]
-            if compare is not None:
-                other = load_predictor(compare, **options)
-                again = [seen_by(other, base / name) for name in seen]
-                fields.append((_name(compare), other, other.module(), again))
-            written += _write(folder, "all pictures", {"receptive_field": _fields(fields, stage)})
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
-    say(f"{len(written)} files -> {folder}")
-    return written
+    for text in failed:
+        say(f"warning: {text}")
+    return seen
 
 
 # --- What is asked for ----------------------------------------------------------------------------
@@ -176,6 +201,16 @@ def _available(
     return tuple(kind for kind in kinds if not lacks.get(kind))
 
 
+def _check_token(seen: dict[str, Seen], token: tuple[int, int]) -> None:
+    for name, one in seen.items():
+        height, width = one.size
+        if not (0 <= token[0] < width and 0 <= token[1] < height):
+            raise UserError(
+                f"token {token[0]},{token[1]} is outside of {name}, of which the model sees "
+                f"{width}x{height} pixels"
+            )
+
+
 def _target(predictor: Predictor, label: str | None, box: int | None) -> int | None:
     """The class or object of Grad-CAM, from 0."""
     if predictor.task == "detection":
@@ -201,10 +236,6 @@ def _nearest(label: str, names: Sequence[str]) -> str:
     return hint if len(names) <= 20 or "did you mean" in hint else f" among {len(names)}"
 
 
-def _name(weights: str | os.PathLike) -> str:
-    return os.fspath(weights).rstrip("/").rpartition("/")[2] or os.fspath(weights)
-
-
 # --- Drawings -------------------------------------------------------------------------------------
 
 
@@ -226,20 +257,18 @@ def _of_one(
     predictor: Predictor,
     model: nnx.Module,
     seen: Seen,
-    kinds: Sequence[str],
     stage: int | None,
     token: tuple[int, int] | None,
     target: int | None,
-) -> dict[str, Drawing]:
-    """What belongs to a single picture."""
+) -> dict[str, Callable[[], Drawing]]:
+    """What belongs to a single picture, by kind."""
     last = -1 if stage is None else stage
-    draw: dict[str, Callable[[], Drawing]] = {
+    return {
         "token_weights": lambda: draw_token_weights(model, seen, stage=stage),
         "grad_cam": lambda: draw_grad_cam(predictor, model, seen, target, stage=last),
         "attention": lambda: draw_attention(model, seen, token, stage=stage),
         "features": lambda: draw_features(model, seen, stage=stage),
     }
-    return {kind: draw[kind]() for kind in kinds if kind in draw}
 
 
 def draw_token_weights(model: nnx.Module, seen: Seen, *, stage: int | None = None) -> Drawing:
@@ -287,11 +316,6 @@ def draw_attention(
         stage = max((i for i, kind in enumerate(kinds) if kind == "attention"), default=-1)
     height, width = seen.size
     x, y = token or (width // 2, height // 2)
-    if not (0 <= x < width and 0 <= y < height):
-        raise UserError(
-            f"token {x},{y} is outside of the picture, of which the model sees "
-            f"{width}x{height} pixels"
-        )
     index = pictures.stage_index(model, stage)
     stride = pictures.backbone_of(model).strides[index]
     cell = y // stride, x // stride
@@ -362,6 +386,8 @@ def draw_features(model: nnx.Module, seen: Seen, *, stage: int | None = None) ->
         low, high = np.percentile(maps[0], (1, 99), axis=(0, 1))
         colors = (maps[0] - low) / np.where(high > low, high - low, 1)
         text = f"stage {index + 1}: {_percent(shares.sum())} of the variance"
+        if maps[0, ..., 0].size == 1:
+            text = f"stage {index + 1}: a single token"
         tiles.append(Tile(colors, [text], strides[index]))
         arrays[f"stage{index + 1}"] = maps[0]
         facts.append(text)
@@ -373,13 +399,13 @@ def draw_features(model: nnx.Module, seen: Seen, *, stage: int | None = None) ->
 
 
 def _fields(
-    models: Sequence[tuple[str, Predictor, nnx.Module, Sequence[Seen]]], stage: int | None
+    models: Sequence[tuple[str, nnx.Module, Sequence[Seen]]], stage: int | None
 ) -> Drawing:
     """The receptive fields of models side by side, each the mean over its pictures."""
     tiles: list[Tile] = []
     facts: list[str] = []
     arrays: dict[str, np.ndarray] = {}
-    for number, (name, _, model, seen) in enumerate(models, 1):
+    for number, (name, model, seen) in enumerate(models, 1):
         given = _stage(model, stage)
         index = pictures.stage_index(model, -1 if given is None else given)
         sizes = collections.Counter(one.size for one in seen)
@@ -401,16 +427,19 @@ def _fields(
             for fraction, share in zip(_SHARES, shares, strict=True)
         ]
         tiles.append(
-            Tile(field, [f"{name}, stage {index + 1}", ", ".join(lines), "of the pixels"],
-                 decades=_FIELD_DECADES)
-        )  # fmt: skip
+            Tile(
+                field,
+                [f"{name}, stage {index + 1}", *(f"{line} of the pixels" for line in lines)],
+                decades=_FIELD_DECADES,
+            )
+        )
         arrays |= {f"field{number}": field, f"shares{number}": np.array(shares)}
         facts.append(
-            f"receptive field of stage {index + 1} of {name}: {', '.join(lines)} of the pixels "
-            f"({count} pictures)"
+            f"receptive field of stage {index + 1} of {name}, mean over {count}: "
+            f"{', '.join(lines)} of the pixels"
         )
     arrays["fractions"] = np.array(_SHARES)
-    return Drawing({"": draw_heat_maps(None, tiles, tile=480)}, arrays, "; ".join(facts))
+    return Drawing({"": draw_heat_maps(None, tiles, tile=360)}, arrays, "; ".join(facts))
 
 
 def _inside(maps: np.ndarray, seen: Seen, stride: int) -> np.ndarray:
@@ -424,6 +453,14 @@ def _percent(share: float) -> str:
 
 
 # --- Files ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def _write(folder: pathlib.Path, name: str, found: dict[str, Drawing]) -> list[pathlib.Path]:

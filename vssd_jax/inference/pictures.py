@@ -205,6 +205,10 @@ class GradCAM(NamedTuple):
     boxes: np.ndarray | None
 
 
+class NothingFound(UserError):
+    """An image has no such object, or no pixel of the class."""
+
+
 def grad_cam(
     model: nnx.Module,
     images: Images,
@@ -227,7 +231,8 @@ def grad_cam(
       image_shapes: (B, 2) int32, a detector's images without padding; None if they have none.
 
     Raises:
-      UserError: no such class, an image with no such object, or without a pixel of the class.
+      NothingFound: an image has no such object, or no pixel of the class.
+      UserError: there is no such class.
     """
     images = _array(images)
     if image_shapes is None:
@@ -239,16 +244,15 @@ def grad_cam(
         if target is not None and not 0 <= target < classes:
             raise UserError(f"there is no class {target}: the model has {classes}")
     elif target is not None and target < 0:
-        raise UserError(f"there is no object {target}: the best one is 0")
+        raise UserError(f"there is no object {target}: the best is 0")
     number = jnp.asarray(-1 if target is None else target, jnp.int32)
     maps, scores, labels, boxes, found = _run(
         _grad_cam, model, images, jnp.asarray(image_shapes), number, stage=stage
     )
     if not found.all():
         where = f" in image {np.argmin(found)}" if len(found) > 1 else ""
-        if boxes is not None:
-            raise UserError(f"there is no object {target or 0}{where}: the best one is 0")
-        raise UserError(f"no pixel is of class {target}{where}")
+        what = "no such object is found" if boxes is not None else "no pixel is of the class"
+        raise NothingFound(what + where)
     return GradCAM(maps, scores, labels, boxes)
 
 
