@@ -23,6 +23,9 @@ from vssd_jax.tasks.mixup import mixup_cutmix
 from vssd_jax.tasks.protocol import Batch, Confusion, Gallery, Picture, Section, Table
 from vssd_jax.tasks.random_erasing import erase
 
+# Of each picture of an evaluation, for the report.
+_EACH = ("label", "predicted", "confidence", "counted")
+
 
 class Classification(BaseTask[LabelledSource]):
     """A classifier, its batches, its loss and its top-1 and top-5 accuracy."""
@@ -111,7 +114,7 @@ class Classification(BaseTask[LabelledSource]):
             loss += config.mesa * metrics["mesa"]
         return loss, metrics
 
-    def eval_step(self, model: Classifier, batch: Batch) -> dict[str, Any]:
+    def eval_step(self, model: Classifier, batch: Batch) -> dict[str, jax.Array]:
         """Sums over the images of a batch, without padding and unreadable ones.
 
         And of each image its label, the predicted class (`num_classes` where none is first), the
@@ -129,12 +132,10 @@ class Classification(BaseTask[LabelledSource]):
             "count": jnp.sum(valid),
             "nonfinite": jnp.sum(valid & ~jnp.isfinite(logits).all(1)),
             "unreadable": jnp.sum(batch["valid"] & replaced),
-            "each": {
-                "label": batch["label"],
-                "predicted": first_class(logits),
-                "confidence": jax.nn.softmax(logits.astype(jnp.float32)).max(1),
-                "counts": valid,
-            },
+            "label": batch["label"],
+            "predicted": first_class(logits),
+            "confidence": jax.nn.softmax(logits.astype(jnp.float32)).max(1),
+            "counted": valid,
         }
 
     def summarize(self, outputs: Iterator[dict[str, Any]]) -> dict[str, float]:
@@ -143,12 +144,13 @@ class Classification(BaseTask[LabelledSource]):
         Raises a UserError if too many pictures are unreadable.
         """
         sums: collections.Counter = collections.Counter()
-        each = []
+        each: dict[str, list[np.ndarray]] = {name: [] for name in _EACH}
         for output in outputs:
-            each.append(output["each"])
-            sums.update({name: float(value) for name, value in output.items() if name != "each"})
+            sums.update({name: float(value) for name, value in output.items() if name not in each})
+            for name, values in each.items():
+                values.append(output[name])
         # Batches come in the order of the source: a picture's place is its number.
-        self._last = {name: np.concatenate([batch[name] for batch in each]) for name in each[0]}
+        self._last = {name: np.concatenate(values) for name, values in each.items()}
         count, unreadable = sums.pop("count"), sums.pop("unreadable")
         if nonfinite := int(sums.pop("nonfinite")):
             say(
@@ -167,7 +169,7 @@ class Classification(BaseTask[LabelledSource]):
             return sections
         names = self._shown_names()
         columns = [*names, "no class"]
-        counted = np.flatnonzero(self._last["counts"])
+        counted = np.flatnonzero(self._last["counted"])
         label, predicted, confidence = (
             self._last[name][counted] for name in ("label", "predicted", "confidence")
         )
@@ -189,10 +191,10 @@ class Classification(BaseTask[LabelledSource]):
                 element = decoded[index]
                 if element["replaced"]:  # it could be read a moment ago
                     continue
-                lines = [columns[predicted[i]]]
+                lines = [f"predicted: {columns[predicted[i]]}"]
                 if predicted[i] < len(names):
-                    lines = [f"{lines[0]}: {confidence[i]:.0%}"]
-                lines += [f"is {names[label[i]]}"] if not right[i] else []
+                    lines[0] += f" ({confidence[i]:.0%})"
+                lines.append("right" if right[i] else f"class: {names[label[i]]}")
                 name = self.source("val")[index].get("name")
                 lines.append(f"number {index}" if name is None else os.path.basename(str(name)))
                 shown.append(Picture([("", parts.reduced(element["image"]))], lines))

@@ -13,7 +13,7 @@ from vssd_jax.tasks.protocol import Confusion, Gallery, Section, Table
 
 _MOST_ROWS = 1000  # of a table
 _MOST_NAMED = 25  # classes of a confusion matrix with names and counts; larger ones are a picture
-_MOST_CELLS = 1000  # pixels of a side of that picture
+_MOST_CELLS = 500  # of a side of that picture; more could not be seen one by one
 _MOST_CONFUSIONS = 20
 _SMALL, _ENLARGED = 100, 200  # pixels: a picture smaller than the one is scaled up to the other
 _MOST_BYTES = 3_000_000  # of all pictures of a report
@@ -59,14 +59,17 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str | int | float]]) -> str:
     """See `vssd_jax.tasks.protocol.Table`; it scrolls inside its box."""
-    head = ""
+    head, kind = "", " class=facts"
     if any(columns):
+        kind = ""
         cells = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in columns)
         head = f"<thead><tr>{cells}</tr></thead>"
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows[:_MOST_ROWS])
     more = len(rows) - _MOST_ROWS
     rest = f"<p class=note>… and {more:,} more</p>" if more > 0 else ""
-    return f"<div class=scroll tabindex=0><table>{head}<tbody>{body}</tbody></table></div>{rest}"
+    return (
+        f"<div class=scroll tabindex=0><table{kind}>{head}<tbody>{body}</tbody></table></div>{rest}"
+    )
 
 
 def _cell(value: str | int | float) -> str:
@@ -105,7 +108,7 @@ def _matrix_table(part: Confusion, shares: np.ndarray) -> str:
         (row, column): (count, share)
         for (row, column, count), share in zip(part.cells.tolist(), shares, strict=True)
     }
-    names = "".join(f"<th scope=col><span>{html.escape(name)}</span></th>" for name in part.columns)
+    names = "".join(f"<th scope=col>{_clipped(name)}</th>" for name in part.columns)
     lines = []
     for i, name in enumerate(part.rows):
         cells = []
@@ -115,11 +118,17 @@ def _matrix_table(part: Confusion, shares: np.ndarray) -> str:
             # Never so strong that the number could not be read on it.
             colour = f"background:rgba({red},{green},{blue},{0.06 + 0.5 * share:.2f})"
             cells.append(f'<td style="{colour}">{_count(count)}</td>' if count else "<td></td>")
-        lines.append(f"<tr><th scope=row>{html.escape(name)}</th>{''.join(cells)}</tr>")
+        lines.append(f"<tr><th scope=row>{_clipped(name)}</th>{''.join(cells)}</tr>")
     return (
         "<div class=scroll tabindex=0><table class=matrix>"
-        f"<thead><tr><td></td>{names}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f"<thead><tr><td>is \\ predicted</td>{names}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _clipped(name: str) -> str:
+    """A name of which the page may show the beginning only."""
+    return f'<span title="{html.escape(name)}">{html.escape(name)}</span>'
 
 
 def _count(count: int) -> str:
@@ -145,7 +154,7 @@ def _matrix_picture(part: Confusion, shares: np.ndarray, room: Room) -> str:
     # The page shines through, be it light or dark.
     picture = Image.fromarray(pixels)
     picture.putpalette([*_RIGHT] * 128 + [*_WRONG] * 128)
-    alpha = bytes([0, *(60 + 195 * i // 127 for i in range(1, 128))] * 2)
+    alpha = bytes([0, *(110 + 145 * i // 127 for i in range(1, 128))] * 2)
     data = io.BytesIO()
     picture.save(data, "png", optimize=True, transparency=alpha)
     if not room.take(len(data.getvalue())):

@@ -116,7 +116,8 @@ def duration(seconds: float) -> str:
 
 
 def _tiles(report: Report) -> str:
-    names = [report.best_metric, *(n for n in report.results if n != report.best_metric)]
+    others = (n for n in report.results if n not in (report.best_metric, "val/unreadable"))
+    names = [report.best_metric, *others]
     tiles = "".join(
         f"<div><b>{_number(report.results[name])}</b><span>{html.escape(name)}</span></div>"
         for name in names[:_TILES]
@@ -125,8 +126,9 @@ def _tiles(report: Report) -> str:
     return f"<div class=tiles>{tiles}</div>" if tiles else ""
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "not finite"
+def _number(value: float | None) -> str:
+    """None stands for what is not finite in JSON, where a checkpoint keeps its metrics."""
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
 def _curves(report: Report) -> str:
@@ -204,22 +206,27 @@ h3{font-size:1rem;margin:1.2rem 0 .4rem}
 .tiles span{color:var(--soft);font-size:.85rem}
 .scroll{overflow:auto;max-height:32rem;max-width:100%;width:fit-content;
 border:1px solid var(--line);border-radius:6px}
-table{border-collapse:collapse;font-size:.9rem}
+table{border-collapse:collapse;font-size:.9rem;width:max-content}
+.facts{width:auto}
 td,th{padding:.3rem .7rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);
 unicode-bidi:isolate}
-td{min-width:3rem}
+td{min-width:3rem;max-width:min(22rem,42vw)}
+.facts td{max-width:none}
 tr:last-child td,tr:last-child th{border-bottom:0}
 td:first-child{min-width:6rem}
+.facts td:first-child{overflow-wrap:normal;color:var(--soft)}
+.facts .number{text-align:left}
 thead th{position:sticky;top:0;background:var(--box);font-weight:600;overflow-wrap:normal}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.scroll:has(.matrix){max-height:none}
 .matrix td{min-width:2.6rem;text-align:center;padding:.25rem;font-variant-numeric:tabular-nums;
 border-left:1px solid var(--line);overflow-wrap:normal}
-.matrix thead td:first-child{min-width:0}
+.matrix thead td:first-child{min-width:0;vertical-align:bottom;color:var(--soft);font-size:.8rem}
 .matrix thead th{vertical-align:bottom;padding:.4rem .25rem}
-.matrix thead span{writing-mode:vertical-rl;transform:rotate(180deg);max-height:10rem;
-display:inline-block;overflow:hidden}
-.matrix tbody th{position:sticky;left:0;background:var(--box);font-weight:600;max-width:12rem;
-min-width:3rem}
+.matrix span{display:inline-block;overflow:hidden;white-space:nowrap;text-overflow:ellipsis}
+.matrix thead span{writing-mode:vertical-rl;transform:rotate(180deg);max-height:9rem}
+.matrix tbody span{max-width:9rem;vertical-align:bottom}
+.matrix tbody th{position:sticky;left:0;background:var(--box);font-weight:600}
 .heat{display:block;width:min(100%,45rem);height:auto;image-rendering:pixelated;
 border:1px solid var(--line)}
 .gallery,.curves{display:grid;gap:1rem;align-items:start;

@@ -233,10 +233,9 @@ class Run:
         path = self._workdir / "report.html"
         if not is_main() or (self._evaluated is None and path.exists()):
             return
-        best = None
-        if (step := self.checkpoints.best_step) is not None:
-            if (score := self.checkpoints.metrics(step).get(self._best_metric)) is not None:
-                best = (step, score)
+        step = self.checkpoints.best_step
+        score = self.checkpoints.metrics(step).get(self._best_metric)
+        best = None if step is None or score is None else (step, score)
         try:
             made = run_report.make(
                 task, self._plan, self._workdir, step=self._step, results=results,

@@ -49,7 +49,7 @@ def make(
         ("start", f"weights of {config.init_from}" if config.init_from else "random weights"),
         (
             "trained",
-            f"{step:,} of {plan.total:,} steps with {plan.batch_size:,} pictures each: "
+            f"{step:,} of {max(step, plan.total):,} steps with {plan.batch_size:,} pictures each: "
             f"{step * plan.batch_size:,} pictures, {epochs:.3g} epochs",
         ),
     ]

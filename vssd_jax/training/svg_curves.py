@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 _WIDTH, _HEIGHT = 360, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 34  # around the axes
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 22, 10, 34  # around the axes
 _MOST_POINTS = 600  # of a curve
 
 Point = tuple[float, float | None]  # step, and value or None where it is not finite
@@ -38,7 +38,7 @@ def thinned(points: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
     return kept
 
 
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
+def ticks(low: float, high: float, about: int = 6) -> list[float]:
     """Round numbers from `low` to `high`, some `about` of them."""
     if not low < high:
         return [low]
