@@ -99,7 +99,7 @@ def _confusion(part: Confusion, room: Room) -> str:
         (part.rows[row], part.columns[column], count, float(count / totals[row]))
         for row, column, count in wrong[order].tolist()
     ]
-    columns = ("is", "taken for", "times", "share of the class")
+    columns = ("is", "taken for", "count", "share of the class")
     return f"{body}<h3>Most frequent confusions</h3>{table(columns, rows)}"
 
 

@@ -239,6 +239,7 @@ figcaption span{display:block;color:var(--soft)}
 figcaption span:first-child{color:var(--ink);font-weight:600}
 .views{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(0,1fr);gap:.4rem}
 .views img{display:block;width:100%;height:auto;border-radius:4px}
+@media (max-width:30rem){.views{grid-auto-flow:row}}
 .views small{color:var(--soft)}
 .curve svg{width:100%;height:auto;display:block}
 .curve text{font:11px system-ui,sans-serif;fill:var(--soft)}
