@@ -151,6 +151,7 @@ def test_detection(tmp_path):
     ap = {row[0]: row[2:6] for row in parts["Classes"].rows}
     for i in range(10):
         np.testing.assert_array_equal(ap[str(i)], [*by_class["box"][i], *by_class["mask"][i]])
+    assert {row[0]: row[6] for row in parts["Classes"].rows if row[6]} == {str(predicted): 1}
     worst = parts["Worst mistakes"].pictures
     assert worst[0].caption == ["0 missed, 1 false, 1 of a wrong class", "image 0"]
     assert len(worst) == 4

@@ -190,14 +190,20 @@ def _class_table(
     place = np.argsort(np.argsort(source.category_ids))
     none = np.where(counts > 0, 0.0, np.nan)[:, None].repeat(2, 1)  # nothing was found
     scores = np.hstack([by_class[kind][place] if by_class else none for kind in kinds])
+    false = np.zeros(len(names) + 1, np.int64)
+    alone = confusion[confusion[:, 0] == len(names)]
+    false[alone[:, 1]] = alone[:, 2]
     others = parts.taken_for(confusion, [*names, "(missed)"], len(names))
     order = np.lexsort((-counts, scores[:, 0]))
     return Table(
         "Classes",
         ("class", "objects", *(f"{kind} {n}" for kind in kinds for n in ("AP", "AP50")),
-         "most often taken for"),
-        [(names[i], int(counts[i]), *map(float, scores[i]), others[i]) for i in order],
-        "The lowest AP first.",
+         "false", "most often taken for"),
+        [
+            (names[i], int(counts[i]), *map(float, scores[i]), int(false[i]), others[i])
+            for i in order
+        ],
+        "The lowest AP first. False: detections on no object.",
     )  # fmt: skip
 
 

@@ -91,7 +91,9 @@ def _confusion(part: Confusion, room: Room) -> str:
         body = _matrix_table(part, shares)
     else:
         body = _matrix_picture(part, shares, room)
-    wrong = part.cells[part.cells[:, 0] != part.cells[:, 1]]
+    # What is no class has no share, and would fill the table.
+    classes = sum(1 for row, column in zip(part.rows, part.columns, strict=False) if row == column)
+    wrong = part.cells[(part.cells[:, 0] != part.cells[:, 1]) & (part.cells[:, 0] < classes)]
     if not len(wrong):
         return f"{body}<p>Nothing was confused.</p>"
     order = np.argsort(-wrong[:, 2], kind="stable")[:_MOST_CONFUSIONS]
