@@ -3,10 +3,10 @@
     python train.py --config configs/digits_detection.py
     python examples/make_pictures.py --weights runs/digits_detection --output docs/first_look.jpg
 
-Two held-out scenes with the objects found (scores of at least 0.5), two photographs that come with scikit-learn (china.jpg
-by danielbuechele and flower.jpg by vultilion, CC BY 2.0), and below each its token weights: of
-stage 2, the last block, the head whose weights vary most. The detector knows digits alone; the
-photographs show what its state takes from pictures of another kind.
+Two held-out scenes with the objects found (scores of at least 0.5), two photographs that come with
+scikit-learn (china.jpg by danielbuechele and flower.jpg by vultilion, CC BY 2.0), and below each
+its token weights: of stage 2, the last block, the head whose weights vary most. The detector knows
+digits alone; the photographs show what its state takes from pictures of another kind.
 """
 
 import argparse
