@@ -1,12 +1,14 @@
 """What a user can get wrong: one clear line on standard error and exit status 2."""
 
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from tests.conftest import ROOT
+from vssd_jax import cli
 
 
 def command(*arguments, **options):
@@ -49,6 +51,10 @@ def command(*arguments, **options):
         ),
         (["eval.py", "--config", "configs/digits.py"], "--weights is missing"),
         (["eval.py", "--config", "configs/digits.py", "--weights", "nowhere"], "nowhere"),
+        (
+            ["eval.py", "--config", "configs/digits.py", "--weights", "x", "--report", "nowhere/x"],
+            "--report nowhere/x: there is no folder nowhere",
+        ),
         (["export.py", "--weights", "nowhere"], "--weights and --output are needed"),
         (["export.py", "--weights", "nowhere", "--output", "x", "--dtype=int8"], "int8"),
     ],
@@ -95,3 +101,25 @@ def test_importing_and_creating_needs_only_jax_flax_and_numpy():
     )
     done = command("-c", code)
     assert done.stdout.strip() == "3", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "this", "other"),
+    [
+        (
+            "train.py --config configs/a.py:x,y --workdir a --config.class_names 'a b' -v",
+            "python train.py --config configs/a.py:x,y --workdir a --config.class_names 'a b' -v",
+            "python eval.py --config configs/a.py:x,y --config.class_names 'a b' --report 'my x'",
+        ),
+        (
+            "/usr/bin/vssd-train --config=digits --config.remat --config.steps=3 --distributed",
+            "vssd-train --config=digits --config.remat --config.steps=3 --distributed",
+            "vssd-eval --config=digits --config.remat --config.steps=3 --report 'my x'",
+        ),
+    ],
+)
+def test_commands_as_they_are_typed(argv, this, other, monkeypatch):
+    monkeypatch.setattr(sys, "argv", shlex.split(argv))
+    assert cli.command_line() == this
+    assert cli.other_command("eval", "--report", "my x") == other
+    assert cli.other_command("predict", config=False) in ("python predict.py", "vssd-predict")

@@ -90,6 +90,15 @@ def test_a_config_of_an_earlier_version_gets_the_new_fields():
     assert (config.max_pixels, config.max_objects) == (89_478_485, 7)
 
 
+def test_what_differs_from_the_defaults():
+    config = configs.segmentation_config()
+    assert configs.changed_fields(config) == {}
+    config.update(steps=7, scales=tuple(config.scales), image_shape=(3, 4))
+    with config.unlocked():
+        config.mine = 1
+    assert configs.changed_fields(config) == {"steps": 7, "image_shape": (3, 4), "mine": 1}
+
+
 def test_the_fields_of_the_augmentation():
     config = configs.classification_config()
     config.augmentation = {"crop_areas": (0.1, 1.0)}

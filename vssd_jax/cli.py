@@ -7,6 +7,7 @@ import itertools
 import os
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
@@ -76,6 +77,38 @@ def load_config() -> "ConfigDict":
 def config_name() -> str:
     """The name of the given config file without folder, suffix and argument."""
     return _config_path().stem
+
+
+def command_line() -> str:
+    """This command, for a shell."""
+    return _command(pathlib.Path(sys.argv[0]), sys.argv[1:])
+
+
+def other_command(name: str, *arguments: str, config: bool = True) -> str:
+    """The command `name` ("eval", "predict") with these arguments, for a shell.
+
+    Args:
+      config: whether it gets this command's config too.
+    """
+    program = pathlib.Path(sys.argv[0])
+    program = program.with_name(f"{name}.py" if program.suffix == ".py" else f"vssd-{name}")
+    given = _config_arguments(sys.argv[1:]) if config else []
+    return _command(program, [*given, *arguments])
+
+
+def _command(program: pathlib.Path, arguments: list[str]) -> str:
+    words = ["python", str(program)] if program.suffix == ".py" else [program.name]
+    return shlex.join([*words, *arguments])
+
+
+def _config_arguments(argv: list[str]) -> list[str]:
+    """`--config` and its overrides, whose values may be arguments of their own."""
+    found = []
+    for before, argument in itertools.pairwise(["", *argv]):
+        value = re.fullmatch(r"--?config(\.\S+)?", before) and not argument.startswith("--")
+        if value or re.match(r"--?config(\.|=|$)", argument):
+            found.append(argument)
+    return found
 
 
 def _config_path() -> pathlib.Path:

@@ -471,6 +471,16 @@ def add_missing(config: "ml_collections.ConfigDict") -> None:
                 config[name] = defaults[name]
 
 
+def changed_fields(config: "ml_collections.ConfigDict") -> dict[str, Any]:
+    """The fields that differ from the defaults of the config's task."""
+    defaults = _MAKERS.get(config.get("task"), base_config)().to_dict()
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in defaults or _tuples(value) != _tuples(defaults[name])
+    }
+
+
 def check(config: "ml_collections.ConfigDict") -> None:
     """Raises a UserError for the first field whose value cannot be used."""
     _check(config, _ALLOWED, "config")

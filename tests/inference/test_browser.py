@@ -5,23 +5,20 @@ ONNXRUNTIME_WEB is the folder `dist` of the npm package onnxruntime-web, for a `
 found; ONNXRUNTIME the folder of a release of onnxruntime's C++ library, with include/ and lib/.
 """
 
-import contextlib
-import functools
 import html
-import http.server
 import json
 import os
 import pathlib
 import re
 import shutil
 import subprocess
-import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import vssd_jax
+from tests.browser import dump_dom, find, served
 from tests.conftest import ROOT
 from tests.inference.test_export_onnx import NAMES, PREPROCESSING, SMALL, save
 from vssd_jax.inference.export_onnx import export_onnx
@@ -49,35 +46,10 @@ def exported(tmp_path_factory):
     return folder, vssd_jax.load_predictor(weights)(pixels)
 
 
-@contextlib.contextmanager
-def served(folder):
-    """The address of a folder on this machine."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        extensions_map = http.server.SimpleHTTPRequestHandler.extensions_map | {
-            ".mjs": "text/javascript", ".wasm": "application/wasm",
-        }  # fmt: skip
-
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Handler, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 def test_a_browser_finds_the_same_classes(exported, tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    runtime = os.environ.get("ONNXRUNTIME_WEB")
-    if not browser or not runtime:
-        pytest.skip("needs chromium, and ONNXRUNTIME_WEB, the dist folder of onnxruntime-web")
+    browser, runtime = find(), os.environ.get("ONNXRUNTIME_WEB")
+    if not runtime:
+        pytest.skip("needs ONNXRUNTIME_WEB, the dist folder of onnxruntime-web")
     folder, expected = exported
     site = tmp_path / "site"
     site.mkdir()
@@ -87,12 +59,7 @@ def test_a_browser_finds_the_same_classes(exported, tmp_path):
         shutil.copy(PROGRAMS / name, site)
     (site / "ort").symlink_to(pathlib.Path(runtime).resolve())
     with served(site) as address:
-        command = [
-            browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-            f"--user-data-dir={tmp_path / 'profile'}", "--timeout=120000",
-            "--virtual-time-budget=120000", "--dump-dom", f"{address}/index.html",
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = dump_dom(browser, f"{address}/index.html", tmp_path / "profile")
     found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stderr[-2000:]
     text = html.unescape(found[1])

@@ -52,6 +52,19 @@ def test_weights_of_other_classes(tmp_path):
         evaluate_weights(config, tmp_path / "w")
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("folder", "is a folder; give a file in it"),
+        ("none/report.html", "there is no folder .*none$"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_refused_first(place, message, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=message):  # before the weights, which are nowhere
+        evaluate_weights(get_config(), tmp_path / "weights", report=tmp_path / place)
+
+
 def test_images_per_second(monkeypatch):
     class Toy(nnx.Module):
         def __init__(self, rngs):

@@ -109,6 +109,9 @@ def test_a_run_writes_losses_and_the_twelve_numbers(run):
         for name in NUMBERS
     } | {"val/unreadable": 0}
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (workdir / "report.html").read_text()
+    for part in ("classes", "confusion-matrix", "worst-mistakes", "a-few-predictions"):
+        assert f'<section id="{part}">' in page
 
 
 def test_evaluation_of_the_workdir_gives_the_same_numbers(run, tmp_path, capsys):

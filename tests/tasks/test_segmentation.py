@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -98,8 +99,9 @@ def evaluation(weights, data_dir, tmp_path_factory):
     folder, printed = tmp_path_factory.mktemp("saved"), io.StringIO()
     with contextlib.redirect_stdout(printed):
         results = evaluate_weights(
-            small_config(data_dir), weights, tta=True, save_predictions=folder
-        )
+            small_config(data_dir), weights, tta=True, save_predictions=folder,
+            report=folder / "report.html",
+        )  # fmt: skip
     return results, printed.getvalue().splitlines(), folder
 
 
@@ -136,6 +138,18 @@ def test_saved_labels_give_the_printed_numbers(evaluation, data_dir):
             assert overlay.height > len(predicted)  # the legend
     for name, value in metrics.summarize_confusion(confusion).items():
         assert results[f"val/multi_scale_{name}"] == pytest.approx(value, rel=1e-12)
+
+
+def test_the_report_has_the_classes_and_pictures(evaluation):
+    results, _, folder = evaluation
+    page = (folder / "report.html").read_text()
+    assert f"<b>{results['val/miou']:.4g}</b>" in page
+    assert page.count("<td>wall</td>") >= 1
+    gallery = re.search('<section id="worst-mistakes">.*?</section>', page)[0]
+    shares = [float(share) for share in re.findall(r"IoU ([\d.]+)%</span>", gallery)]
+    assert len(shares) == len(os.listdir(folder / "labels"))
+    assert shares == sorted(shares)
+    assert gallery.count("<img") == 2 * len(shares)
 
 
 def command(script, data_dir, *arguments, devices=1):

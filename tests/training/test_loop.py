@@ -1,7 +1,10 @@
 """Whole runs of a small model on the digits: files, resume, compilation, several devices."""
 
+import html
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import scipy.special
 from absl import flags
 
 from configs.digits import get_config
+from tests.browser import dump_dom, find, served
 from tests.conftest import GOLDEN, ROOT, UNOPTIMIZED
 from tests.golden.synthetic import _rng
 from tests.golden_model import golden_images, golden_weights, relative_error
@@ -98,6 +102,62 @@ def test_a_run_writes_what_is_promised(run):
     assert not list(workdir.glob("*.part*"))
 
 
+MEASURE = """<!doctype html><title>m</title><pre id=result></pre>
+<iframe src=report.html width=1280 height=900></iframe>
+<iframe src=report.html width=400 height=900></iframe>
+<script>
+addEventListener("load", () => {
+  const seen = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument, all = (rule) => [...page.querySelectorAll(rule)];
+    all("details").forEach(part => { part.open = true; });
+    return {
+      sections: all("section").map(part => part.id),
+      sideways: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+      classes: all("#classes tbody tr").map(row => row.cells[0].innerText).sort(),
+      counts: all("#confusion-matrix .matrix td").map(cell => Number(cell.innerText) || 0),
+      lines: all("#curves .line").map(line => line.getTotalLength() > 0),
+      pictures: all("#worst-mistakes img, #a-few-predictions img").map(img => img.naturalWidth),
+      values: all("#summary .tiles b").map(value => value.innerText),
+      fields: all("#config details td:first-child").map(cell => cell.innerText),
+      repeat: all("#how-to-repeat pre").map(part => part.innerText),
+      scripts: all("script").length,
+      loaded: frame.contentWindow.performance.getEntriesByType("resource")
+        .map(entry => entry.name).filter(name => !name.startsWith("data:")),
+    };
+  });
+  document.querySelector("#result").textContent = JSON.stringify(seen);
+});
+</script>"""
+
+
+def test_a_browser_finds_the_parts_of_the_report(run, tmp_path):
+    config, workdir, results, _ = run
+    browser = find()
+    shutil.copy(workdir / "report.html", tmp_path)
+    (tmp_path / "measure.html").write_text(MEASURE)
+    with served(tmp_path) as address:
+        done = dump_dom(browser, f"{address}/measure.html", tmp_path / "profile", seconds=20)
+    found = re.search(r'<pre id="result">(.+?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr[-2000:]
+    for seen in json.loads(html.unescape(found[1])):
+        assert seen["sections"] == [
+            "summary", "curves", "data", "classes", "confusion-matrix", "worst-mistakes",
+            "a-few-predictions", "metrics", "config", "environment", "how-to-repeat",
+        ]  # fmt: skip
+        assert seen["sideways"] <= 0
+        assert seen["classes"] == list(map(str, range(10)))
+        assert sum(seen["counts"]) == 360
+        assert len(seen["lines"]) > 3
+        assert all(seen["lines"])
+        assert len(seen["pictures"]) == 16 + 8
+        assert all(seen["pictures"])
+        assert seen["values"][0] == f"{results['val/top1']:.4g}"
+        assert set(config.keys()) == set(seen["fields"])
+        assert str(workdir) in seen["repeat"][0]
+        assert seen["scripts"] == 0
+        assert seen["loaded"] == []
+
+
 def test_nothing_is_compiled_after_the_first_steps(run):
     _, workdir, _, compiled = run
     lines = read_metrics(workdir)
@@ -107,18 +167,28 @@ def test_nothing_is_compiled_after_the_first_steps(run):
     assert max(compiled) <= first_evaluation + 1
 
 
-def test_evaluation_of_the_workdir_gives_the_same_numbers(run, capsys):
+def test_evaluation_of_the_workdir_gives_the_same_numbers(run, tmp_path, capsys):
     config, workdir, results, _ = run
-    again = evaluate_weights(config, workdir)
+    commands = [("Evaluate", "python eval.py --config 'a & b'")]
+    path = tmp_path / "report.html"
+    again = evaluate_weights(config, workdir, report=path, commands=commands)
     assert {name: again[name] for name in results} == results
+    page = path.read_text()
+    of_the_run = (workdir / "report.html").read_text()
+    for name in ("classes", "confusion-matrix", "worst-mistakes"):  # the same, to the byte
+        part = re.search(f'<section id="{name}">.*?</section>', page)[0]
+        assert part in of_the_run
+    assert 'id="curves"' not in page
+    assert "python eval.py --config &#x27;a &amp; b&#x27;" in page
     assert "parameters" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_not_repeated(run, capsys):
     config, workdir, results, _ = run
-    before = (workdir / "metrics.jsonl").read_bytes()
+    before = [(workdir / name).read_bytes() for name in ("metrics.jsonl", "report.html")]
     assert train(make_task(config), config, workdir) == results
-    assert (workdir / "metrics.jsonl").read_bytes() == before
+    after = [(workdir / name).read_bytes() for name in ("metrics.jsonl", "report.html")]
+    assert after == before
     printed = capsys.readouterr().out
     assert f"{results['val/top1']:.4f}" in printed
     for word in ("versions: python", "devices: 1 cpu", "mesh: data 1, fsdp 1", "head.kernel",
@@ -139,12 +209,18 @@ def test_a_run_past_its_end_is_evaluated(run, tmp_path, capsys):
                 yield batch
 
     assert train(Stopping(config), config, tmp_path) == {}
+    page = (tmp_path / "report.html").read_text()
+    assert "There was no evaluation since the run last started" in page
+    assert re.search(r"was stopped at step \d of 5; it can go on", page)
+    assert "<svg" in page
+    assert 'id="classes"' not in page
     config.steps = 1
     results = train(make_task(config), config, tmp_path)
     assert read_metrics(tmp_path)[-1]["val/top1"] == results["val/top1"]
     printed = capsys.readouterr().out
     assert "the config differs from this workdir's: steps was 5, is 1" in printed
     assert "nothing was trained: the run was to end at step 1" in printed
+    assert 'id="classes"' in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])

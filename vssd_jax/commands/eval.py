@@ -1,7 +1,7 @@
 """Evaluates weights: parameters, multiply-adds and the metrics of the config's task.
 
     python eval.py --config configs/tiny.py --weights weights/vssd_tiny [--throughput]
-        [--tta] [--save-predictions DIR]
+        [--tta] [--save-predictions DIR] [--report FILE]
 
 `--weights` takes a weights folder, a .pth file, hf://owner/repo[@revision][/file], or the workdir
 of a training run, of which it takes the averaged weights of the latest checkpoint. The last line of
@@ -22,6 +22,7 @@ TTA = flags.DEFINE_bool("tta", False, "Segmentation: average over scaled and mir
 SAVE = flags.DEFINE_string(
     "save_predictions", None, "Detection, segmentation: a folder for predictions and pictures."
 )
+REPORT = flags.DEFINE_string("report", None, "A file for a report: HTML with tables and pictures.")
 
 
 def main() -> None:
@@ -41,6 +42,8 @@ def main() -> None:
         throughput=THROUGHPUT.value,
         tta=TTA.value,
         save_predictions=SAVE.value,
+        report=REPORT.value,
+        commands=[("Evaluate", cli.command_line())],
     )
 
 

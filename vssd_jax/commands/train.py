@@ -21,7 +21,22 @@ def main() -> None:
 
     prepare_cpu()
     keep_compiled_programs()
-    train(make_task(config), config, WORKDIR.value or f"runs/{cli.config_name()}")
+    workdir = WORKDIR.value or f"runs/{cli.config_name()}"
+    commands = [
+        ("Train", cli.command_line()),
+        (
+            "Evaluate, with a report",
+            cli.other_command("eval", "--weights", workdir, "--report", "report.html"),
+        ),
+        (
+            "Predict",
+            cli.other_command(
+                "predict", "--weights", workdir, "--input", "PICTURES", "--output", "predictions",
+                config=False,
+            ),
+        ),
+    ]  # fmt: skip
+    train(make_task(config), config, workdir, commands=commands)
 
 
 def run() -> None:

@@ -419,7 +419,7 @@ def draw_detections(
     *,
     boxes: np.ndarray,
     labels: Sequence[int] | np.ndarray,
-    scores: Sequence[float] | np.ndarray,
+    scores: Sequence[float] | np.ndarray | None,
     masks: Sequence[np.ndarray] | None = None,
     class_names: Sequence[str],
     max_entries: int = 48,
@@ -434,7 +434,7 @@ def draw_detections(
       image: (H, W, 3) uint8 RGB.
       boxes: (N, 4) x1 y1 x2 y2 in pixels of the image; they are cut to it.
       labels: (N,) classes.
-      scores: (N,) from 0 to 1.
+      scores: (N,) from 0 to 1; None draws no numbers.
       masks: (H, W) bool, one for each box, or None.
       class_names: of all classes.
       max_entries: of the legend; the others are counted in its last line.
@@ -446,6 +446,11 @@ def draw_detections(
       ValueError: the numbers of boxes, labels, scores and masks differ, or a mask's shape is not
         the image's.
     """
+    values = [""] * len(labels)
+    if scores is None:
+        scores = np.ones(len(labels))
+    else:
+        values = [f"  {100 * score:.0f}%" for score in scores]
     if len({len(a) for a in (boxes, labels, scores, boxes if masks is None else masks)}) > 1:
         raise ValueError("there must be as many boxes as labels, scores and masks")
     picture, factor = _enlarged(image)
@@ -463,7 +468,6 @@ def draw_detections(
     for i in order[::-1]:
         _draw_frame(picture, frames[i], colors[i], line)
     names = [_name_of(class_names, number) for number in numbers]
-    values = [f"  {100 * score:.0f}%" for score in scores]
     pad = max(2, size // 4)
     height = _line_height(size) + pad
     tag_width = _text_width("0" * len(str(len(frames))), size) + 2 * pad

@@ -1,7 +1,10 @@
 """Evaluation of given weights: size, speed and the metrics of a config's task."""
 
 import os
+import pathlib
+import tempfile
 import time
+from collections.abc import Mapping, Sequence
 
 import jax
 import ml_collections
@@ -9,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vssd_jax import strict_json
-from vssd_jax.distributed import say
+from vssd_jax.config import changed_fields
+from vssd_jax.distributed import is_main, say
 from vssd_jax.errors import UserError, describe_difference
 from vssd_jax.host import compiler_options
 from vssd_jax.known_classes import readable
@@ -17,7 +21,9 @@ from vssd_jax.models.count import count_multiply_adds, count_parameters
 from vssd_jax.models.split import Arrays, SplitModel
 from vssd_jax.tasks import make_task
 from vssd_jax.tasks.protocol import Task
+from vssd_jax.training import html_report
 from vssd_jax.training.evaluator import Evaluator
+from vssd_jax.training.report import environment
 from vssd_jax.training.sharding import make_mesh
 from vssd_jax.weights.load import load
 from vssd_jax.weights.state import get_state, set_state
@@ -31,10 +37,12 @@ def evaluate_weights(
     allow_nonfinite: bool = False,
     tta: bool = False,
     save_predictions: str | os.PathLike | None = None,
+    report: str | os.PathLike | None = None,
+    commands: Sequence[tuple[str, str]] = (),
 ) -> dict[str, float]:
-    """Evaluates weights on the config's dataset and prints a report, whose last line is JSON.
+    """Evaluates weights on the config's dataset and prints the numbers, in the last line as JSON.
 
-    Predictions are written once it is printed.
+    Predictions and the report are written once they are printed.
 
     Args:
       config: as of `train.py`.
@@ -43,10 +51,17 @@ def evaluate_weights(
       throughput: whether the images per second of the forward pass are measured too.
       tta: whether predictions are averaged over scaled and mirrored images (segmentation).
       save_predictions: a folder for predictions and pictures of them (detection, segmentation).
+      report: a file for a report, see `vssd_jax.training.html_report`.
+      commands: for the report, how to repeat it: what each does, and the command.
 
     Returns:
       Parameters, multiply-adds and metrics.
+
+    Raises:
+      UserError: weights, config, data or a file that cannot be used.
     """
+    if report is not None:
+        _check_writable(report)  # better now than after the evaluation
     loaded = load(
         weights,
         model=config.model,
@@ -100,7 +115,57 @@ def evaluate_weights(
     results |= metrics
     say(strict_json.dumps(results))
     task.write_predictions()
+    if report is not None and is_main():
+        try:
+            page = html_report.render(_report(task, weights, results, metrics, commands))
+            html_report.write(report, page)
+        except OSError as error:
+            raise UserError(f"{report} cannot be written: {error.strerror or error}") from error
     return results
+
+
+def _check_writable(path: str | os.PathLike) -> None:
+    """Raises a UserError if a file cannot be written there."""
+    if not is_main():
+        return
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise UserError(f"--report {path} is a folder; give a file in it")
+    if not path.parent.is_dir():
+        raise UserError(f"--report {path}: there is no folder {path.parent}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"--report {path} cannot be written: {error.strerror or error}") from error
+
+
+def _report(
+    task: Task,
+    weights: str | os.PathLike,
+    results: Mapping[str, float],
+    metrics: Mapping[str, float],
+    commands: Sequence[tuple[str, str]],
+) -> html_report.Report:
+    config, (height, width) = task.config, task.image_shape
+    facts = [
+        ("task", config.task),
+        ("model", f"{config.model}, {results['parameters']:,} parameters"),
+        ("multiply-adds", f"{results['multiply_adds'] / 1e9:.3f} G at {height}x{width}"),
+        ("weights", os.fspath(weights)),
+    ]
+    if "images_per_second" in results:
+        facts.append(("speed", f"{results['images_per_second']:,.1f} pictures/s"))
+    return html_report.Report(
+        title=f"{config.model} on {config.dataset}: evaluation",
+        facts=facts,
+        results=metrics,
+        best_metric=task.best_metric,
+        sections=task.report(),
+        config=config.to_dict(),
+        changed=changed_fields(config),
+        environment=environment(),
+        commands=commands,
+    )
 
 
 def measure_throughput(task: Task, model: SplitModel, arrays: Arrays, mesh: Mesh) -> float:

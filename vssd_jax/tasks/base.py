@@ -18,9 +18,10 @@ from vssd_jax.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from vssd_jax.data.source import LabelledSource, Source
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError, describe_difference
+from vssd_jax.known_classes import readable
 from vssd_jax.models import family
 from vssd_jax.models.layers import batch_norm_groups
-from vssd_jax.tasks.protocol import Batch
+from vssd_jax.tasks.protocol import Batch, Section, Table
 
 SourceT = TypeVar("SourceT", bound=LabelledSource)
 
@@ -121,6 +122,24 @@ class BaseTask(Generic[SourceT]):
 
         Called once the metrics are printed.
         """
+
+    def report(self) -> list[Section]:
+        """The data; subclasses add what the last evaluation found."""
+        rows: list[tuple[str, str | int]] = [
+            ("dataset", str(self.config.dataset)), ("folder", str(self.config.data_dir)),
+            ("classes", self.dataset_classes),
+        ]  # fmt: skip
+        for split, what in (("train", "for training"), ("val", "for evaluation")):
+            if split in self._sources:
+                rows.append((f"pictures {what}", len(self._sources[split])))
+                if problems := getattr(self._sources[split], "describe_problems", str)():
+                    rows.append((f"left out {what}", problems))
+        return [Table("Data", ("", ""), rows)]
+
+    def _shown_names(self) -> list[str]:
+        """The names of the model's classes, ImageNet's ids as words."""
+        names = readable(self.class_names)
+        return names + [f"class {i}" for i in range(len(names), self.num_classes)]
 
     def decoded(self, split: str) -> DecodedSource:
         """The samples of "train" or "val" with pixels; unreadable pictures are replaced."""

@@ -1,6 +1,7 @@
 """Image classification."""
 
 import collections
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,10 +17,14 @@ from vssd_jax.data.classification_transforms import EvalTransform, TrainTransfor
 from vssd_jax.data.source import LabelledSource, Source
 from vssd_jax.distributed import say
 from vssd_jax.models.family import Classifier
+from vssd_jax.tasks import report_parts as parts
 from vssd_jax.tasks.base import BaseTask
 from vssd_jax.tasks.mixup import mixup_cutmix
-from vssd_jax.tasks.protocol import Batch
+from vssd_jax.tasks.protocol import Batch, Confusion, Gallery, Picture, Section, Table
 from vssd_jax.tasks.random_erasing import erase
+
+# Of each picture of an evaluation, for the report.
+_EACH = ("label", "predicted", "confidence", "counted")
 
 
 class Classification(BaseTask[LabelledSource]):
@@ -27,6 +32,7 @@ class Classification(BaseTask[LabelledSource]):
 
     name = "classification"
     best_metric = "val/top1"
+    _last: dict[str, np.ndarray] | None = None  # of each picture of the last evaluation
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -109,7 +115,11 @@ class Classification(BaseTask[LabelledSource]):
         return loss, metrics
 
     def eval_step(self, model: Classifier, batch: Batch) -> dict[str, jax.Array]:
-        """Sums over the images of a batch, without padding and unreadable ones."""
+        """Sums over the images of a batch, without padding and unreadable ones.
+
+        And of each image its label, the predicted class (`num_classes` where none is first), the
+        probability of that, and whether it counts, for the report.
+        """
         logits = model(self.normalize(batch["image"]))
         replaced = batch["replaced"].astype(bool)  # its neighbour counts in its own place
         valid = batch["valid"] & ~replaced
@@ -122,6 +132,10 @@ class Classification(BaseTask[LabelledSource]):
             "count": jnp.sum(valid),
             "nonfinite": jnp.sum(valid & ~jnp.isfinite(logits).all(1)),
             "unreadable": jnp.sum(batch["valid"] & replaced),
+            "label": batch["label"],
+            "predicted": first_class(logits),
+            "confidence": jax.nn.softmax(logits.astype(jnp.float32)).max(1),
+            "counted": valid,
         }
 
     def summarize(self, outputs: Iterator[dict[str, Any]]) -> dict[str, float]:
@@ -130,8 +144,13 @@ class Classification(BaseTask[LabelledSource]):
         Raises a UserError if too many pictures are unreadable.
         """
         sums: collections.Counter = collections.Counter()
+        each: dict[str, list[np.ndarray]] = {name: [] for name in _EACH}
         for output in outputs:
-            sums.update({name: float(value) for name, value in output.items()})
+            sums.update({name: float(value) for name, value in output.items() if name not in each})
+            for name, values in each.items():
+                values.append(output[name])
+        # Batches come in the order of the source: a picture's place is its number.
+        self._last = {name: np.concatenate(values) for name, values in each.items()}
         count, unreadable = sums.pop("count"), sums.pop("unreadable")
         if nonfinite := int(sums.pop("nonfinite")):
             say(
@@ -142,6 +161,75 @@ class Classification(BaseTask[LabelledSource]):
         self._check_unreadable(share, "the pictures for evaluation")
         means = {f"val/{name}": value / count for name, value in sums.items()}
         return {**means, "val/unreadable": share}
+
+    def report(self) -> list[Section]:
+        """The data, the classes, which was taken for which, and pictures."""
+        sections = super().report()
+        if self._last is None:
+            return sections
+        names = self._shown_names()
+        columns = [*names, "no class"]
+        counted = np.flatnonzero(self._last["counted"])
+        label, predicted, confidence = (
+            self._last[name][counted] for name in ("label", "predicted", "confidence")
+        )
+        right = label == predicted
+        confusion = parts.pairs(label, predicted)
+        totals = np.bincount(label, minlength=len(names))
+        hits = np.bincount(label[right], minlength=len(names))
+        accuracy = np.divide(hits, totals, out=np.full(len(names), np.nan), where=totals > 0)
+        others = parts.taken_for(confusion, columns, len(names))
+        order = np.lexsort((-totals, accuracy))  # not-a-number comes last
+        rows = [(names[i], int(totals[i]), float(accuracy[i]), others[i]) for i in order]
+        wrong = np.flatnonzero(~right)
+        worst = wrong[np.argsort(-np.nan_to_num(confidence[wrong]), kind="stable")]
+
+        def pictures(chosen: np.ndarray | list[int]) -> list[Picture]:
+            decoded, shown = self.decoded("val"), []
+            for i in chosen:
+                index = int(counted[i])
+                element = decoded[index]
+                if element["replaced"]:  # it could be read a moment ago
+                    continue
+                lines = [f"predicted: {columns[predicted[i]]}"]
+                if predicted[i] < len(names):
+                    lines[0] += f" ({confidence[i]:.0%})"
+                lines.append("right" if right[i] else f"class: {names[label[i]]}")
+                name = self.source("val")[index].get("name")
+                lines.append(f"number {index}" if name is None else os.path.basename(str(name)))
+                shown.append(Picture([("", parts.reduced(element["image"]))], lines))
+            return shown
+
+        sections += [
+            Table(
+                "Classes",
+                ("class", "pictures", "accuracy", "most often taken for"),
+                rows,
+                "The least accurate first.",
+            ),
+            Confusion(
+                "Confusion matrix",
+                names,
+                columns if (predicted == len(names)).any() else names,
+                confusion,
+                "Pictures by class (rows) and predicted class (columns). No class: equal scores, "
+                "or scores that are not finite.",
+            ),
+            Gallery(
+                "Worst mistakes",
+                pictures(worst[: parts.WORST]),
+                f"{len(wrong):,} of {len(counted):,} pictures are wrong; these with the highest "
+                "probability."
+                if len(wrong)
+                else f"None: all {len(counted):,} pictures are right.",
+            ),
+            Gallery(
+                "A few predictions",
+                pictures(parts.spread(len(counted))),
+                "At equal distances through the pictures for evaluation.",
+            ),
+        ]
+        return sections
 
 
 def soft_cross_entropy(
@@ -179,3 +267,13 @@ def label_rank(logits: jax.Array, labels: jax.Array) -> jax.Array:
     score = jnp.take_along_axis(logits, labels[:, None], axis=1)
     rank = jnp.sum(logits >= score, axis=1) - 1
     return jnp.where(jnp.isfinite(logits).all(1), rank, jnp.iinfo(rank.dtype).max)
+
+
+def first_class(logits: jax.Array) -> jax.Array:
+    """(B, classes) -> (B,) int32: the class that scores above all others.
+
+    The number of classes where there is none, or a score of the picture is not finite.
+    """
+    best = logits.max(1, keepdims=True)
+    alone = ((logits == best).sum(1) == 1) & jnp.isfinite(logits).all(1)
+    return jnp.where(alone, jnp.argmax(logits, 1), logits.shape[1]).astype(jnp.int32)

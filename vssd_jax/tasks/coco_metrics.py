@@ -110,6 +110,7 @@ def evaluate(
     *,
     without: Container[int | str] = (),
     masks: bool = True,
+    by_class: dict[str, np.ndarray] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Mean average precision by pycocotools, over the images of the source.
 
@@ -119,6 +120,7 @@ def evaluate(
       without: ids of images that are left out.
       masks: whether masks are judged too. An object without a mask is then a region, that of its
         box, where masks neither count as right nor as wrong.
+      by_class: filled with `class_ap` of each kind, where there are results.
 
     Returns:
       {"box": ..., "mask": ...}, each with the `NUMBERS`; -1 where there are no such objects.
@@ -148,7 +150,22 @@ def evaluate(
             evaluation.accumulate()
             evaluation.summarize()
             scores[kind] = dict(zip(NUMBERS, map(float, evaluation.stats), strict=True))
+            if by_class is not None:
+                by_class[kind] = class_ap(evaluation.eval["precision"])
     return scores
+
+
+def class_ap(precision: np.ndarray) -> np.ndarray:
+    """(categories, 2) AP and AP50 of each category, in the order of their ids.
+
+    Not-a-number for one without objects.
+
+    Args:
+      precision: of pycocotools: (thresholds, recalls, categories, sizes, numbers of detections).
+    """
+    curves = precision[:, :, :, 0, -1].astype(np.float64)  # all sizes, most detections
+    curves[curves < 0] = np.nan  # there is all or nothing of a category
+    return np.stack((curves.mean((0, 1)), curves[0].mean(0)), axis=1)
 
 
 def _ignored_without_mask(annotation: dict) -> dict:

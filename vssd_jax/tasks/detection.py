@@ -20,10 +20,10 @@ from vssd_jax.data.source import DetectionSource
 from vssd_jax.distributed import is_main, say
 from vssd_jax.errors import UserError
 from vssd_jax.models.family import Detections, Detector
-from vssd_jax.tasks import coco_metrics
+from vssd_jax.tasks import coco_metrics, detection_report
 from vssd_jax.tasks.base import BaseTask
 from vssd_jax.tasks.pixels import normalized
-from vssd_jax.tasks.protocol import Batch
+from vssd_jax.tasks.protocol import Batch, Section
 
 
 class Detection(BaseTask[DetectionSource]):
@@ -51,6 +51,8 @@ class Detection(BaseTask[DetectionSource]):
         self._folder = None
         self._results: list[dict[str, Any]] = []
         self._masks_left_out = False
+        self._without: set[int | str] = set()
+        self._by_class: dict[str, np.ndarray] | None = None  # of the last evaluation
         if save_predictions is not None:
             self._folder = pathlib.Path(save_predictions)
             try:  # better now than after the evaluation
@@ -213,15 +215,33 @@ class Detection(BaseTask[DetectionSource]):
             )
         share = len(unreadable) / len(source)
         self._check_unreadable(share, "the pictures for evaluation")
-        self._results = results
+        self._results, self._without = results, unreadable
+        self._by_class = {}
         scores = coco_metrics.evaluate(
-            source, results, without=unreadable, masks=bool(source.mask_counts.any())
+            source,
+            results,
+            without=unreadable,
+            masks=bool(source.mask_counts.any()),
+            by_class=self._by_class,
         )
         return {"val/unreadable": share} | {
             f"val/{kind}_{name}": value
             for kind, numbers in scores.items()
             for name, value in numbers.items()
         }
+
+    def report(self) -> list[Section]:
+        """The data, AP of the classes, which was taken for which, and pictures."""
+        sections = super().report()
+        if self._by_class is not None:
+            sections += detection_report.sections(
+                self.source("val"),
+                self.decoded("val"),
+                self._results,
+                self._by_class,
+                without=self._without,
+            )
+        return sections
 
     def write_predictions(self) -> None:
         """Writes the detections of the last evaluation and pictures of them, if asked to."""

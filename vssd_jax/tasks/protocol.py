@@ -1,14 +1,61 @@
 """What the training loop and the evaluation know of a task."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import ml_collections
+import numpy as np
 from flax import nnx
 
 # Arrays by name, with the batch as the first axis; a value may be a dict of such arrays.
 Batch = dict[str, Any]
+
+
+# --- What a report is made of -----------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """Named columns; a whole number is a count, a float a share (not-a-number: undefined)."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | int | float]]
+    note: str = ""
+
+
+class Confusion(NamedTuple):
+    """How often each class was taken for which.
+
+    Attributes:
+      rows, columns: names, of what is there and of what was predicted; the first ones of both are
+        the same classes.
+      cells: (N, 3) integers, row, column and count of all counts above 0.
+    """
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    cells: np.ndarray
+    note: str = ""
+
+
+class Picture(NamedTuple):
+    """A picture, or several views of one: each a name and (H, W, 3) uint8 RGB, some 400 pixels."""
+
+    views: Sequence[tuple[str, np.ndarray]]
+    caption: Sequence[str]  # lines
+
+
+class Gallery(NamedTuple):
+    """Pictures with captions."""
+
+    title: str
+    pictures: Sequence[Picture]
+    note: str = ""
+
+
+Section = Table | Confusion | Gallery
 
 
 class Task(Protocol):
@@ -127,5 +174,12 @@ class Task(Protocol):
         """Writes the predictions of the last evaluation, where that was asked for.
 
         Called once its metrics are printed. Raises a UserError if they cannot be written.
+        """
+        ...
+
+    def report(self) -> list[Section]:
+        """What a report says of the data, and of the last evaluation if there was one.
+
+        Only the process that writes the report calls it; no other takes part.
         """
         ...

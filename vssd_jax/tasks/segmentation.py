@@ -26,9 +26,10 @@ from vssd_jax.distributed import is_main, say
 from vssd_jax.errors import UserError
 from vssd_jax.models.family import Segmentor
 from vssd_jax.tasks import segmentation_metrics as metrics
+from vssd_jax.tasks import segmentation_report
 from vssd_jax.tasks.base import BaseTask
 from vssd_jax.tasks.pixels import normalized
-from vssd_jax.tasks.protocol import Batch
+from vssd_jax.tasks.protocol import Batch, Section
 
 
 class Segmentation(BaseTask[SegmentationSource]):
@@ -56,6 +57,8 @@ class Segmentation(BaseTask[SegmentationSource]):
         self._tta, self._folder = tta, save_predictions
         self._save_error: Exception | None = None
         self._class_counts: np.ndarray | None = None
+        self._confusion: np.ndarray | None = None  # of the last evaluation
+        self._kept = segmentation_report.Kept(0)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -159,7 +162,10 @@ class Segmentation(BaseTask[SegmentationSource]):
         return loss, {**parts, "unreadable": batch["replaced"].mean()}
 
     def eval_step(self, model: Segmentor, batch: Batch) -> dict[str, jax.Array]:
-        """Confusion matrices, and for `save_predictions` the predicted labels."""
+        """Confusion matrices, and of each picture its IoU and predicted labels.
+
+        The labels are small ones, for the report, and for `save_predictions` all.
+        """
         size, shape = batch["size"], batch["label"].shape[1:]
         replaced = batch["replaced"].astype(bool)
         valid = batch["valid"] & ~replaced
@@ -167,18 +173,24 @@ class Segmentation(BaseTask[SegmentationSource]):
         images = {name: normalized(pixels) for name, pixels in batch["images"].items()}
         views = metrics.model_views(model, images, flip=self._tta and self.config.flip > 0)
         predicted = metrics.predict_labels(views[:1], size, shape)
+        confusions = metrics.picture_confusions(predicted, label, self.num_classes)
         outputs = {
-            "confusion": metrics.confusion_matrix(predicted, label, self.num_classes),
+            "confusion": confusions.sum(0),
             "unreadable": jnp.sum(batch["valid"] & replaced),
+            "index": batch["index"],
+            "size": batch["size"],
+            "valid": valid,
         }
         if self._tta:
             predicted = metrics.predict_labels(views, size, shape)
-            outputs["multi_scale_confusion"] = metrics.confusion_matrix(
-                predicted, label, self.num_classes
-            )
+            confusions = metrics.picture_confusions(predicted, label, self.num_classes)
+            outputs["multi_scale_confusion"] = confusions.sum(0)
+        predicted = predicted.astype(jnp.uint8)
+        step = segmentation_report.stride(shape)
+        outputs["picture_iou"] = metrics.picture_iou(confusions)
+        outputs["small"], outputs["step"] = predicted[:, ::step, ::step], jnp.int32(step)
         if self._folder is not None:
-            outputs["predicted"] = predicted.astype(jnp.uint8)
-            outputs |= {"index": batch["index"], "size": batch["size"], "valid": valid}
+            outputs["predicted"] = predicted
         return outputs
 
     def summarize(self, outputs: Iterator[dict[str, Any]]) -> dict[str, float]:
@@ -190,8 +202,10 @@ class Segmentation(BaseTask[SegmentationSource]):
         """
         totals: dict[str, np.ndarray] = {}
         unreadable = 0
+        self._kept = segmentation_report.Kept(len(self.source("val")))
         for output in outputs:
             unreadable += int(output["unreadable"])
+            self._kept.add(output)
             for name, matrix in output.items():
                 if name.endswith("confusion"):
                     totals[name] = totals.get(name, 0) + matrix.astype(np.int64)
@@ -214,7 +228,21 @@ class Segmentation(BaseTask[SegmentationSource]):
             numbers = metrics.summarize_confusion(total)
             results |= {f"val/{prefix}{key}": value for key, value in numbers.items()}
             self.table = metrics.format_per_class(total, self.class_names)
+            self._confusion = total
         return results
+
+    def report(self) -> list[Section]:
+        """The data, IoU of the classes, which was taken for which, and pictures."""
+        sections = super().report()
+        if self._confusion is not None:
+            sections += segmentation_report.sections(
+                self.source("val"),
+                self.decoded("val"),
+                self._confusion,
+                self._kept,
+                self._shown_names(),
+            )
+        return sections
 
     def write_predictions(self) -> None:
         """Raises what kept `summarize` from writing the predictions."""

@@ -180,6 +180,11 @@ def confusion_matrix(predictions: jax.Array, labels: jax.Array, num_classes: int
     A batch may have up to 2**31 pixels. Sum the matrices of a dataset as 64-bit integers (NumPy):
     ADE20K's validation images come close to what 32 bits hold.
     """
+    return picture_confusions(predictions, labels, num_classes).sum(0)
+
+
+def picture_confusions(predictions: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
+    """(B, K, K + 1) int32, the `confusion_matrix` of each picture."""
     labels, predictions = labels.astype(jnp.int32), predictions.astype(jnp.int32)
     predictions = jnp.where(predictions == IGNORE, num_classes, predictions)
     columns = num_classes + 1
@@ -187,7 +192,18 @@ def confusion_matrix(predictions: jax.Array, labels: jax.Array, num_classes: int
     cell = jnp.where(labels == IGNORE, cells, labels * columns + predictions)
     # Per picture first, so that a batch that is split over devices stays where it is.
     count = jax.vmap(lambda x: jnp.zeros(cells, jnp.int32).at[x].add(1, mode="drop"))
-    return count(cell.reshape(len(cell), -1)).sum(0).reshape(num_classes, columns)
+    return count(cell.reshape(len(cell), -1)).reshape(-1, num_classes, columns)
+
+
+def picture_iou(confusions: jax.Array) -> jax.Array:
+    """(B, K, K + 1) -> (B,) float32, each picture's mean IoU over the classes that are in it.
+
+    Those labelled or predicted there; not-a-number where nothing is labelled.
+    """
+    hits = jnp.diagonal(confusions, axis1=1, axis2=2)
+    union = confusions.sum(2) + confusions.sum(1)[:, : hits.shape[1]] - hits
+    there = union > 0
+    return jnp.where(there, hits / jnp.maximum(union, 1), 0).sum(1) / there.sum(1)
 
 
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """The training loop, the same for every task."""
 
 import os
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
@@ -16,7 +17,11 @@ from vssd_jax.weights.pretrained import pretrained_weights
 
 
 def train(
-    task: Task, config: ml_collections.ConfigDict, workdir: str | os.PathLike
+    task: Task,
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    commands: Sequence[tuple[str, str]] = (),
 ) -> dict[str, float]:
     """Trains from the latest checkpoint in `workdir`, or from the start.
 
@@ -24,6 +29,7 @@ def train(
       task: what is trained; made of the same config.
       config: of the run, see `vssd_jax.config`.
       workdir: folder of the run.
+      commands: for the report, how to repeat the run: what each does, and the command.
 
     Returns:
       The metrics of the last evaluation.
@@ -66,6 +72,8 @@ def train(
         if not results and not run.stopping:  # it was saved without an evaluation, at its end
             results = run.evaluate(trainer.evaluate, state.ema)
         run.finish(results)
+        parameters = sum(leaf.size for leaf in trainer.named.params.values())
+        run.report(task, results, parameters=parameters, commands=commands)
     return results
 
 

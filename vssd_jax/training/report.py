@@ -31,6 +31,17 @@ def device_bytes(tree: Any) -> int:
     )
 
 
+def environment() -> list[tuple[str, str]]:
+    """Versions and devices, each with its name."""
+    versions = [f"python {platform.python_version()}"]
+    versions += [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    devices = jax.devices()
+    return [
+        ("versions", ", ".join(versions)),
+        ("devices", f"{len(devices)} {devices[0].device_kind}, {jax.process_count()} processes"),
+    ]
+
+
 def describe(config: Mapping[str, Any], mesh: jax.sharding.Mesh, state: TrainState) -> str:
     """Versions, devices, mesh, parameters, memory of the state and config.
 
@@ -39,14 +50,10 @@ def describe(config: Mapping[str, Any], mesh: jax.sharding.Mesh, state: TrainSta
       mesh: the devices.
       state: abstract, with shardings.
     """
-    versions = [f"python {platform.python_version()}"]
-    versions += [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
-    devices = jax.devices()
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return "\n".join(
         (
-            f"versions: {', '.join(versions)}",
-            f"devices: {len(devices)} {devices[0].device_kind}, {jax.process_count()} processes",
+            *(f"{name}: {value}" for name, value in environment()),
             f"mesh: {axes}",
             _parameter_table(state.params),
             f"config: {strict_json.dumps(config, indent=2)}",

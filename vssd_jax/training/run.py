@@ -6,7 +6,7 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from vssd_jax.distributed import is_main, say
 from vssd_jax.errors import UserError
+from vssd_jax.tasks.protocol import Task
+from vssd_jax.training import html_report, run_report
 from vssd_jax.training.checkpoints import Checkpoints, Parts
 from vssd_jax.training.clock import Clock
 from vssd_jax.training.evaluator import Evaluator
@@ -92,6 +94,7 @@ class Run:
         self.stopping, self._tracing, self.clock = False, False, Clock()
         self._step = self._logged_step = self.start
         self.ended = False
+        self._evaluated: int | None = None  # the step of this process's last evaluation
         self._since_log: list[dict[str, jax.Array]] = []
         self._resources = resources
 
@@ -166,6 +169,7 @@ class Run:
         """The metrics of the weights `arrays`, written and plotted."""
         with self.clock.paused():
             results = evaluator(arrays)
+            self._evaluated = self._step
             self._writer.write(self._step, results)
             self._writer.plot()
             self.ended = self._lost_patience()
@@ -213,6 +217,36 @@ class Run:
             f"done: {self._workdir} has {name} {results[name]:.4f} at step {self._step} "
             f"(best {score:.4f} at step {best})"
         )
+
+    def report(
+        self,
+        task: Task,
+        results: Mapping[str, float],
+        *,
+        parameters: int,
+        commands: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """Writes `report.html`, see `run_report.make`; what keeps it from that is only said.
+
+        Without an evaluation by this process the report of an earlier one stays.
+        """
+        path = self._workdir / "report.html"
+        if not is_main() or (self._evaluated is None and path.exists()):
+            return
+        step = self.checkpoints.best_step
+        score = self.checkpoints.metrics(step).get(self._best_metric)
+        best = None if step is None or score is None else (step, score)
+        try:
+            made = run_report.make(
+                task, self._plan, self._workdir, step=self._step, results=results,
+                evaluated=self._evaluated, best=best,
+                parameters=parameters, ended=self.ended, commands=commands,
+            )  # fmt: skip
+            html_report.write(path, html_report.render(made))
+        except Exception as error:  # a finished run is worth more than its report
+            say(f"warning: {path} is not written: {type(error).__name__}: {error}")
+            return
+        say(f"report: {path}")
 
 
 @contextlib.contextmanager
