@@ -29,7 +29,7 @@ _raw_decode = json.JSONDecoder().raw_decode
 
 
 class JsonLists:
-    """The members of a JSON object that are lists.
+    """The members of a JSON object that are lists; iterating gives their names.
 
     What is inside of a list is parsed, and its faults are found, when its `entries` are asked for.
     The messages of errors are those of `json.load`.
@@ -61,8 +61,8 @@ class JsonLists:
                 self._pass_over(begin)
             raise
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._lists
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._lists)
 
     def entries(self, key: str) -> Iterator[tuple[Any, int, int]]:
         """Each entry of a list, with the places in the file of its first byte and behind its last.
