@@ -102,9 +102,9 @@ from vssd_jax.data.datasets.coco import CocoSource
 
 path = pathlib.Path(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
+start, used = time.perf_counter(), time.process_time()
 source = CocoSource(path.parents[1] / "train2017", path, training=True)
-seconds = time.perf_counter() - start
+seconds, used = time.perf_counter() - start, time.process_time() - used
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 pickled = len(pickle.dumps(source))
 chosen = np.random.default_rng(0).integers(0, len(source), 2000)
@@ -112,7 +112,7 @@ start = time.perf_counter()
 for index in chosen:
     source[index]
 element = (time.perf_counter() - start) / len(chosen)
-print(len(source), seconds, before, peak, pickled, element)
+print(len(source), seconds, used, before, peak, pickled, element)
 """
 
 
@@ -121,12 +121,13 @@ def measure(path: pathlib.Path) -> dict:
     root = pathlib.Path(__file__).resolve().parents[1]
     command = [sys.executable, "-c", OPEN, str(path)]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    images, seconds, before, peak, pickled, element = map(float, run.stdout.split())
+    images, seconds, used, before, peak, pickled, element = map(float, run.stdout.split())
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return {
         "file MB": path.stat().st_size / 1e6,
         "images": int(images),
         "seconds": seconds,
+        "seconds of a core": used,
         "peak MB": peak * unit / 1e6,
         "imports alone MB": before * unit / 1e6,
         "pickled MB": pickled / 1e6,
