@@ -18,5 +18,5 @@ def test_a_small_evaluation(tmp_path):
 
 
 def test_objects_are_as_many_as_in_coco():
-    data = MadeUp(300).ground_truth()
+    data = MadeUp(100).ground_truth()
     assert 5 < len(data["annotations"]) / len(data["images"]) < 10

@@ -42,6 +42,19 @@ class Category(NamedTuple):
     results: list[dict[str, Any]]
 
 
+class Scores(NamedTuple):
+    """Of a kind.
+
+    Attributes:
+      numbers: the twelve, by name; -1 where there are no such objects.
+      precision: pycocotools' (thresholds, recalls, categories, sizes, limits); the categories are
+        in the order of their ids, and -1 stands where there are no objects.
+    """
+
+    numbers: dict[str, float]
+    precision: np.ndarray
+
+
 # By kind, pycocotools' precision (thresholds, recalls, sizes, limits) and recall (thresholds,
 # sizes, limits).
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -55,7 +68,7 @@ def evaluate(
     masks: bool = True,
     processes: int | None = None,
     progress: bool = False,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Scores]:
     """Mean average precision.
 
     Args:
@@ -68,7 +81,7 @@ def evaluate(
       progress: whether a bar is drawn.
 
     Returns:
-      {"box": ..., "mask": ...}, each with the `NUMBERS`; -1 where there are no such objects.
+      The scores of "box" and "mask".
     """
     from pycocotools.cocoeval import COCOeval
 
@@ -93,7 +106,8 @@ def evaluate(
     for kind, evaluation in evaluations.items():
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation.summarize()
-        scores[kind] = dict(zip(NUMBERS, map(float, evaluation.stats), strict=True))
+        numbers = dict(zip(NUMBERS, map(float, evaluation.stats), strict=True))
+        scores[kind] = Scores(numbers, evaluation.eval["precision"])
     return scores
 
 

@@ -121,9 +121,10 @@ def evaluate(
     kinds = [kind for kind in KINDS if masks or kind == "box"]
     if not results:
         return {kind: dict.fromkeys(NUMBERS, 0.0) for kind in kinds}
-    return average_precision.evaluate(
+    scores = average_precision.evaluate(
         source.ground_truth(), results, without=without, masks=masks, progress=is_main()
     )
+    return {kind: score.numbers for kind, score in scores.items()}
 
 
 def save_predictions(
