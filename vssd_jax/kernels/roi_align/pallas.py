@@ -26,9 +26,9 @@ from vssd_jax.kernels.tiles import Span, f32
 
 MAX_BINS = 16
 CELLS = 16  # neighbours in a row, at a time: the least that matrix units take
-CHANNELS = 256  # of a program: two arrays of so many channels by 16 fill half of the registers
+CHANNELS = 256  # of a program
 REGIONS = 1024  # that a program of the gradient looks at at a time
-WARPS = 4
+WARPS, GRADIENT_WARPS = 8, 4  # with the other number each spills registers
 NEAR = 1e-3  # cells: more than positions are rounded by
 
 Sizes = tuple[tuple[int, int], ...]  # height and width of each map
@@ -311,7 +311,7 @@ def _backward(
         (batch * pl.cdiv(channels, tile) * programs,),
         tuple(jax.ShapeDtypeStruct((batch, *size, channels), dy.dtype) for size in sizes),
         (dy.reshape(-1, *dy.shape[2:]), _regions(boxes, strides, sizes, bins)),
-        num_warps=WARPS,
+        num_warps=GRADIENT_WARPS,
     )
     return tuple(dmaps), jnp.zeros_like(boxes)
 
