@@ -40,10 +40,11 @@ def supports(maps: Sequence[Array], boxes: Array, bins: int, **_: Any) -> str | 
         return f"{bins} bins (at most {MAX_BINS})"
     shape = *boxes.shape[:2], bins, bins, maps[0].shape[-1]
     result = jax.ShapeDtypeStruct(shape, maps[0].dtype)
-    reasons = (
-        dispatch.wrong_dtype(x, *tiles.DTYPES) or mesh.too_large(x) for x in (*maps, result)
+    return (
+        dispatch.wrong_dtype(maps[0], *tiles.DTYPES)
+        or mesh.too_large(maps[0])
+        or mesh.too_large(result)
     )
-    return next(filter(None, reasons), None)
 
 
 # --- Where regions are ------------------------------------------------------------------------
