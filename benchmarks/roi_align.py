@@ -45,12 +45,12 @@ def pyramid(images: int, picture: tuple[int, int], regions: int, dtype):
 
 
 def torch_functions() -> dict:
-    """By package: a function of a map (B, C, H, W), rows of image and box, bins and cells a pixel."""
+    """By package: a function of a map (B, C, H, W), image and box (N, 5), bins, cells a pixel."""
     found = {}
     for name, module in {"torchvision": "torchvision.ops", "mmcv": "mmcv.ops"}.items():
         try:
             align = importlib.import_module(module).roi_align
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # one built for another PyTorch
             print(f"without {name}: {error}")
             continue
         if name == "torchvision":
@@ -72,7 +72,7 @@ def torch_calls(maps, boxes, bins: int) -> dict:
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
     dtype = getattr(torch, maps[0].dtype.name)
     maps = [
-        torch.from_numpy(np.asarray(x, np.float32)).to(device, dtype).permute(0, 3, 1, 2).contiguous()
+        torch.from_numpy(np.array(x.transpose(0, 3, 1, 2), np.float32)).to(device, dtype)
         for x in maps
     ]
     level = torch.from_numpy(np.array(region_levels(boxes, len(STRIDES))).ravel()).to(device)
@@ -115,9 +115,9 @@ def main():
         ours = np.asarray(calls["vssd_jax"](), np.float32)
         times = common.measure(calls, rounds=options.rounds, seconds=options.seconds)
         for name, values in times.items():
-            result = np.asarray(calls[name]() if name == "vssd_jax" else calls[name]().float().cpu())
+            result = ours
             if name != "vssd_jax":
-                result = result.transpose(0, 2, 3, 1).reshape(ours.shape)
+                result = calls[name]().float().cpu().permute(0, 2, 3, 1).reshape(ours.shape).numpy()
             common.add(rows, {
                 "regions": options.images * regions,
                 "bins": bins,
