@@ -223,22 +223,6 @@ def test_a_run_past_its_end_is_evaluated(run, tmp_path, capsys):
     assert 'id="classes"' in (tmp_path / "report.html").read_text()
 
 
-def test_a_report_that_cannot_be_made_ends_no_run(run, tmp_path, capsys):
-    config, _, _, _ = run
-    config = config.copy_and_resolve_references()
-    config.steps = 1
-
-    class Broken(Classification):
-        def report(self):
-            raise RuntimeError("no report of this")
-
-    assert train(Broken(config), config, tmp_path)["val/top1"] >= 0
-    printed = capsys.readouterr().out
-    assert "report.html is not written: RuntimeError: no report of this" in printed
-    assert "done: " in printed
-    assert not (tmp_path / "report.html").exists()
-
-
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stopped_run_resumes_bitwise(run, tmp_path, num_workers):
     config, workdir, results, _ = run

@@ -4,10 +4,13 @@ import dataclasses
 import itertools
 import os
 import signal
+import types
 
 import pytest
 
+from vssd_jax.config import classification_config
 from vssd_jax.errors import UserError
+from vssd_jax.tasks.protocol import Table
 from vssd_jax.training.metrics import read_metrics
 from vssd_jax.training.plan import Plan
 from vssd_jax.training.run import StopSignal, open_run
@@ -72,6 +75,42 @@ def test_a_signal_ends_the_steps(tmp_path, capsys):
         assert step == 2
         run.finish({})
     assert "is saved at step 2 of 4; the same command resumes" in capsys.readouterr().out
+
+
+def reported(run, parts):
+    """Takes two steps, evaluates and writes the report."""
+    config = classification_config()
+    task = types.SimpleNamespace(config=config, best_metric="val/score", report=parts)
+    for step, _ in run.steps(itertools.count()):
+        run.done(step, {"loss": 0.5})
+        if step == 2:
+            run.log(0.1, 0)
+            run.evaluate(lambda arrays: arrays, {"val/score": 0.25})
+            break
+    run.report(task, {"val/score": 0.25}, parameters=12345)
+
+
+def test_a_report_says_how_far_the_run_came(tmp_path, capsys):
+    with opened(tmp_path) as run:
+        reported(run, lambda: [Table("Data", ("", ""), [("pictures", 77)])])
+    page = (tmp_path / "report.html").read_text()
+    for said in (
+        "The run was stopped at step 2 of 4; it can go on.", "12,345 parameters", "<b>0.25</b>",
+        "2 of 4 steps with 2 pictures each: 4 pictures, 0.667 epochs", ">77</td>",
+        "of the averaged weights at step 2", "train(make_task(config), config,",
+    ):  # fmt: skip
+        assert said in page
+    assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_made_ends_no_run(tmp_path, capsys):
+    def fail():
+        raise RuntimeError("no report of this")
+
+    with opened(tmp_path) as run:
+        reported(run, fail)
+    assert "report.html is not written: RuntimeError: no report of this" in capsys.readouterr().out
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_steps_that_are_not_finite_end_the_run(tmp_path):
