@@ -261,7 +261,8 @@ def _grad_cam(
             scores, *about = _scores(model, images, shapes, target)
         return scores.sum(), (maps[index], scores, *about)
 
-    gradient, (features, *about) = jax.grad(score, has_aux=True)(jnp.zeros(shape.shape, shape.dtype))
+    none = jnp.zeros(shape.shape, shape.dtype)
+    gradient, (features, *about) = jax.grad(score, has_aux=True)(none)
     wide = jnp.promote_types(features.dtype, jnp.float32)
     weights = gradient.astype(wide).mean((1, 2), keepdims=True)
     return jax.nn.relu((weights * features).sum(-1)), *about
