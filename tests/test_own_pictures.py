@@ -4,19 +4,18 @@ import csv
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.conftest import ROOT
+from tests import pages
+from tests.pages import run
 from tests.weights import loopback_hub
 from vssd_jax.data.splits import set_aside
 
 SHAPES = ("circle", "cross", "square", "stripes", "triangle")
-PAGE = ROOT / "docs" / "your_own_pictures.md"
+PAGE = "docs/your_own_pictures.md"
 
 
 def shape(kind, rng, size=None):
@@ -107,37 +106,13 @@ def write_maps(root):
     (root / "names.txt").write_text("ground\ncircle\nsquare\nstripes\n")
 
 
-def commands(heading):
-    """The lines of the shell blocks below a heading of the page."""
-    section = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    return [
-        line
-        for block in re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
-        for line in block.splitlines()
-    ]
-
-
-def program(heading):
-    """The Python block below a heading of the page."""
-    section = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
-
-
 @pytest.fixture
 def place(tmp_path):
-    """A folder with the commands and configs, as a clone has them."""
-    for name in ("train.py", "eval.py", "predict.py", "convert_torch_weights.py", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    return tmp_path
+    return pages.clone(tmp_path)
 
 
-def run(place, command, **environment):
-    """The standard output of a command, which must succeed."""
-    words = [sys.executable if word == "python" else word for word in command.split()]
-    environment = {**(environment or os.environ), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=place, env=environment, text=True, capture_output=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-    return done.stdout
+def commands(heading):
+    return [command.text for command in pages.commands(PAGE, heading)]
 
 
 @pytest.mark.slow
@@ -148,6 +123,9 @@ def test_classes(place, monkeypatch):
     run(place, train)
     metrics = json.loads(run(place, evaluate).splitlines()[-1])
     assert metrics["val/top1"] >= 0.8
+    (report,) = commands("The report")
+    run(place, report)
+    assert "stripes" in (place / "report.html").read_text()
     run(place, predict)
     rows = table(place / "predictions/predictions.csv")
     number = [int(re.findall(r"\d+", row["file"])[-1]) for row in rows]
@@ -157,7 +135,7 @@ def test_classes(place, monkeypatch):
     with Image.open(place / "predictions/contact_sheet.png") as sheet:
         sheet.load()
 
-    (place / "use.py").write_text(program("Classes"))
+    (place / "use.py").write_text(pages.program(PAGE, "Classes"))
     with loopback_hub.serve() as hub:
         environment = hub.environment(place / "cache", token=loopback_hub.TOKEN)
         run(place, push, **environment)
