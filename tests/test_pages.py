@@ -424,6 +424,22 @@ def test_python_of_the_pages():
                 check_names(node, f"{page}: {ast.unparse(node)}")
 
 
+def test_reference_of_the_api():
+    """Each of its names is there, and each operation is among them."""
+    text = (ROOT / "docs/api.md").read_text()
+    names = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    for name in names:
+        resolve(name, "docs/api.md")
+    for part in re.findall(
+        r"^::: (\S+)\n    options:\n      members: \[(.*)\]$", text, re.MULTILINE
+    ):
+        for member in part[1].split(", "):
+            resolve(f"{part[0]}.{member}", "docs/api.md")
+    operations = {path.parent.name for path in (ROOT / "vssd_jax/kernels").glob("*/api.py")}
+    for operation in operations:
+        assert f"vssd_jax.kernels.{operation}.api.{operation}" in names
+
+
 def check_names(node, where):
     if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vssd_jax"):
         for alias in node.names:

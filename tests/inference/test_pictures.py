@@ -91,6 +91,7 @@ def test_the_token_weights_of_a_model_made_by_hand(x64):
 def plain_mixer(mixer, norm, x, weights, mask):
     """The mixer by its formula: y_i = sum_j mask_ij (C_i . B_j) m_j x_j + D x_i, gate and all."""
     batch, height, width, _ = x.shape
+
     def normed(x, layer):
         mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
         return (x - mean) / np.sqrt(variance + layer.epsilon) * layer.scale[...] + layer.bias[...]
@@ -160,6 +161,7 @@ def test_a_tap_adds_nothing_to_a_program():
     model = VSSD(VSSDConfig(**TINY), num_classes=3, rngs=nnx.Rngs(0))
     model.eval()
     graph, state = nnx.split(model)
+
     def program():
         return str(jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(
             state, jnp.zeros((1, 32, 32, 3))

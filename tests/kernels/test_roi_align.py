@@ -106,7 +106,7 @@ def test_windows_equal_the_whole_map(batch):
     wy = sampling.bin_weights(corners[:, 1], corners[:, 3], 7, 70)
     wx = sampling.bin_weights(corners[:, 0], corners[:, 2], 7, 100)
     weights = [w.reshape(batch, 40, 7, -1) for w in (wy, wx)]
-    extents = np.maximum(*(np.asarray(xla._covered(w)[1]) for w in (wy, wx)))
+    extents = np.maximum(*(np.asarray(xla.covered(w)[1]) for w in (wy, wx)))
     classes = np.searchsorted(xla._WINDOWS, extents)
     assert set(classes) == {0, 1, 2, 3}
     results = {}

@@ -78,9 +78,7 @@ def attention(
     return _blocks(rows)
 
 
-def feature_maps(
-    model: nnx.Module, images: Images
-) -> list[Float[np.ndarray, "B h w C"]]:
+def feature_maps(model: nnx.Module, images: Images) -> list[Float[np.ndarray, "B h w C"]]:
     """The output of each stage, before the norm that a detector's or segmentor's backbone adds.
 
     Returns:
@@ -101,9 +99,7 @@ class Components(NamedTuple):
     shares: np.ndarray
 
 
-def principal_components(
-    features: Float[np.ndarray, "B h w C"], components: int = 3
-) -> Components:
+def principal_components(features: Float[np.ndarray, "B h w C"], components: int = 3) -> Components:
     """The first principal components of all tokens' features, those of the whole batch together.
 
     The sign of a component is that in which its greatest loading is positive. Where the map has
@@ -119,9 +115,7 @@ def principal_components(
     shares = np.maximum(variances[:components], 0) / (total if total > 0 else 1)
     missing = components - len(shares)
     maps = np.pad(tokens @ loadings, ((0, 0), (0, missing)))
-    return Components(
-        maps.reshape(*features.shape[:-1], components), np.pad(shares, (0, missing))
-    )
+    return Components(maps.reshape(*features.shape[:-1], components), np.pad(shares, (0, missing)))
 
 
 # --- The effective receptive field --------------------------------------------------------------

@@ -23,6 +23,8 @@ _WINDOWS = (16, 32, 64)
 # Bytes of intermediate results (bins, W, C) in memory at a time; more regions than fit take turns.
 _CHUNK_BYTES = 1 << 27
 
+Sizes = tuple[tuple[int, ...], ...]  # height and width of each map
+
 
 def roi_align(
     maps: Sequence[Array], boxes: Array, *, strides: tuple[int, ...], bins: int
@@ -32,28 +34,41 @@ def roi_align(
     The maps are laid out on one canvas, the finest above and the others side by side below it, so
     that one pair of matrix products serves all of them.
     """
-    sizes = np.array([x.shape[1:3] for x in maps])
-    width = int(max(sizes[0, 1], sizes[1:, 1].sum()))
-    below = int(sizes[1:, 0].max(initial=0))
-    rows = [_pad(maps[0], maps[0].shape[1], width)]
+    height, sizes = maps[0].shape[1], tuple(x.shape[1:3] for x in maps)
+    (canvas_height, canvas_width), _ = _layout(sizes)
+    rows = [_pad(maps[0], height, canvas_width)]
     if len(maps) > 1:
-        row = jnp.concatenate([_pad(x, below, x.shape[2]) for x in maps[1:]], axis=2)
-        rows.append(_pad(row, below, width))
+        row = jnp.concatenate(
+            [_pad(x, canvas_height - height, x.shape[2]) for x in maps[1:]], axis=2
+        )
+        rows.append(_pad(row, canvas_height - height, canvas_width))
     canvas = jnp.concatenate(rows, axis=1)
-    x_origins = np.concatenate([[0], np.cumsum(sizes[1:, 1]) - sizes[1:, 1]])
-    y_origins = np.where(np.arange(len(maps)) == 0, 0, sizes[0, 0])
+    return _weigh(canvas, *canvas_weights(sizes, boxes.reshape(-1, 4), strides, bins))
 
-    level, corners = on_levels(boxes.reshape(-1, 4), strides)
-    of_level = [jnp.asarray(x)[level] for x in (sizes, x_origins, y_origins)]
-    wy = bin_weights(
-        corners[:, 1], corners[:, 3], bins, of_level[0][:, 0],
-        origin=of_level[2], total=canvas.shape[1],
+
+def _layout(sizes: Sizes) -> tuple[tuple[int, int], np.ndarray]:
+    """Height and width of the canvas, and where each map begins on it: (levels, 2)."""
+    (height, width), rest = sizes[0], np.array(sizes[1:], int).reshape(-1, 2)
+    canvas = height + int(rest[:, 0].max(initial=0)), max(width, int(rest[:, 1].sum()))
+    beside = np.cumsum(rest[:, 1]) - rest[:, 1]
+    return canvas, np.array([(0, 0), *((height, x) for x in beside)])
+
+
+def canvas_weights(
+    sizes: Sizes, boxes: Array, strides: tuple[int, ...], bins: int
+) -> tuple[Array, Array]:
+    """Of the rows (N, bins, canvas's height) and columns of the canvas, for boxes (N, 4)."""
+    level, corners = on_levels(boxes, strides)
+    canvas, origins = _layout(sizes)
+    lengths, origin = jnp.asarray(sizes)[level], jnp.asarray(origins)[level]
+    y, x = (
+        bin_weights(
+            corners[:, 1 - axis], corners[:, 3 - axis], bins, lengths[:, axis],
+            origin=origin[:, axis], total=canvas[axis],
+        )
+        for axis in range(2)
     )  # fmt: skip
-    wx = bin_weights(
-        corners[:, 0], corners[:, 2], bins, of_level[0][:, 1],
-        origin=of_level[1], total=width,
-    )  # fmt: skip
-    return _weigh(canvas, wy, wx)
+    return y, x
 
 
 def _pad(x: Array, height: int, width: int) -> Array:
@@ -103,7 +118,7 @@ def _region_by_region(features: Array, wy: Array, wx: Array) -> Array:
     regions, bins = wy.shape[1:3]
     image = jnp.repeat(jnp.arange(batch), regions)
     weights = [w.reshape(batch * regions, bins, -1) for w in (wy, wx)]
-    firsts, extents = zip(*map(_covered, weights), strict=True)
+    firsts, extents = zip(*map(covered, weights), strict=True)
 
     def one(region: tuple[Array, ...]) -> Array:
         image, y, x, first_y, first_x, extent = region
@@ -123,15 +138,21 @@ def _region_by_region(features: Array, wy: Array, wx: Array) -> Array:
 
             return align
 
-        sides = [side for side in _WINDOWS if side < max(size)]
-        larger = sum((extent > side).astype(jnp.int32) for side in sides)
-        return jax.lax.switch(larger, [window(side) for side in (*sides, max(size))])
+        *smaller, largest = window_sides(*size)
+        larger = sum((extent > side).astype(jnp.int32) for side in smaller)
+        return jax.lax.switch(larger, [window(side) for side in (*smaller, largest)])
 
     result = jax.lax.map(one, (image, *weights, *firsts, jnp.maximum(*extents)))
     return result.reshape(batch, regions, *result.shape[1:])
 
 
-def _covered(weights: Array) -> tuple[Array, Array]:
+def window_sides(height: int, width: int) -> list[int]:
+    """Sides of the windows of a map of this size; the last one is the whole map."""
+    largest = max(height, width)
+    return [*(side for side in _WINDOWS if side < largest), largest]
+
+
+def covered(weights: Array) -> tuple[Array, Array]:
     """The first cell with a weight, and how many there are from it to the last: (N, bins, L)."""
     used = (weights != 0).any(1)
     first, behind = (jnp.argmax(x, axis=1) for x in (used, used[:, ::-1]))
