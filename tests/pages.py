@@ -17,7 +17,7 @@ PAGES = (
 SCRIPTS = ("train.py", "eval.py", "predict.py", "export.py", "convert_torch_weights.py")
 _SHELL = ("sh", "bash", "console", "shell")
 # Of text in a line and of blocks without a language, what is a command.
-_PROGRAMS = r"(?:\.venv/bin/)?(?:python|pip|make|docker|srun|sbatch|mkdocs|hf|vssd-\w+) \S"
+_PROGRAMS = r"(?:\.venv/bin/)?(?:python|pip|make|docker \w+|srun|sbatch|mkdocs|hf|vssd-\w+) \S"
 
 
 class Command(NamedTuple):
