@@ -20,7 +20,7 @@ FLOORS = (
     ("training",),
     ("inference",),
     ("cli",),
-    ("hub", "commands"),
+    ("hub", "look", "commands"),
 )
 GROUND = FLOORS[0]
 # Floors that may not use all that lies below them.

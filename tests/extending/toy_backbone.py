@@ -17,6 +17,7 @@ from vssd_jax.config import classification_config, detection_config, segmentatio
 from vssd_jax.models import mask_rcnn, torch_names, upernet
 from vssd_jax.models.family import Family, Recognised, register
 from vssd_jax.models.layers import ConvNorm, Linear, Precision
+from vssd_jax.models.taps import tap
 from vssd_jax.models.torch_names import Row
 
 
@@ -54,7 +55,7 @@ class Toy(nnx.Module):
     def feature_maps(self, images, rngs=None):
         x, maps = images.astype(self.precision.compute), []
         for stage in self.stages:
-            x = jnp.maximum(stage(x), 0)
+            x = tap("map", jnp.maximum(stage(x), 0))
             maps.append(x)
         return maps
 

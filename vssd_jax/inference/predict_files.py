@@ -139,6 +139,14 @@ def find_pictures(source: str, output: pathlib.Path) -> tuple[pathlib.Path, list
     return base, sorted(names)
 
 
+def output_stems(names: list[str]) -> dict[str, str]:
+    """How the results of each picture are named: without its ending, if no other has that name."""
+    stems = collections.Counter(os.path.splitext(name)[0] for name in names)
+    return {
+        name: stem if stems[stem := os.path.splitext(name)[0]] == 1 else name for name in names
+    }
+
+
 def _walk(folder: pathlib.Path, output: pathlib.Path) -> Iterator[pathlib.Path]:
     for where, folders, files in os.walk(folder, followlinks=True):
         inside = pathlib.Path(where)
@@ -235,11 +243,7 @@ class _Writer:
     ):
         self._predictor, self._base, self._folder = predictor, base, folder
         self._names, self._pictures, self._draw_score = names, pictures, draw_score
-        stems = collections.Counter(os.path.splitext(name)[0] for name in names)
-        # a.jpg and a.png have results of different names.
-        self._stem = {
-            name: stem if stems[stem := os.path.splitext(name)[0]] == 1 else name for name in names
-        }
+        self._stem = output_stems(names)
 
     def write(self, name: str, result: Result) -> dict[str, Any]:
         """Writes the pictures of a result, and gives its line for the journal."""

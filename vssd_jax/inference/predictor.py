@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -370,7 +370,7 @@ class Predictor:
         class_names: list[str],
         preprocessing: dict[str, Any],
         method: _Method,
-        arrays: Mapping[str, np.ndarray],
+        split: SplitModel,
         *,
         batch_size: int,
         threads: int,
@@ -382,7 +382,8 @@ class Predictor:
         self._mesh = make_mesh({"data": -1})
         self._batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
         everywhere = NamedSharding(self._mesh, PartitionSpec())
-        self._arrays: Arrays = jax.device_put(dict(arrays), everywhere)
+        self._split = split
+        self._arrays: Arrays = jax.device_put(get_state(split.abstract), everywhere)
 
     def __call__(self, pictures: Picture | Sequence[Picture]) -> Any:
         """Predicts for one picture, or for a list of them.
@@ -481,9 +482,26 @@ class Predictor:
         except (UnreadableImage, OSError) as error:
             return error
 
+    def prepare(self, picture: Picture) -> dict[str, np.ndarray]:
+        """A picture as a row of the model's batch.
+
+        Returns:
+          `image` (H, W, 3), float32 normalised, of a classifier uint8; of a detector padded, with
+          `image_shape` (2,), its height and width without the padding.
+
+        Raises:
+          UnreadableImage, OSError: it cannot be read; `reason` says so in a line.
+        """
+        return self._method.prepare(_pixels(picture, self.max_pixels))
+
+    def module(self) -> nnx.Module:
+        """The model itself in evaluation mode, on one device."""
+        arrays = jax.device_put(self._arrays, jax.local_devices()[0])
+        return self._split.merge(arrays, training=False)
+
     def _row(self, picture: Picture) -> dict[str, np.ndarray] | Exception:
         try:
-            return self._method.prepare(_pixels(picture, self.max_pixels))
+            return self.prepare(picture)
         except (UnreadableImage, OSError) as error:
             return error
 
@@ -609,7 +627,7 @@ def load_predictor(
         names,
         fields,
         method,
-        get_state(split.abstract),
+        split,
         batch_size=batch_size or BATCH_SIZES[task],
         threads=threads or os.cpu_count() or 1,
         max_pixels=max_pixels,

@@ -33,6 +33,7 @@ from vssd_jax.models.family import (
     register,
 )
 from vssd_jax.models.layers import Precision
+from vssd_jax.models.taps import tap
 from vssd_jax.models.torch_names import Row, TensorShapes
 from vssd_jax.models.vssd import VSSDConfig
 from vssd_jax.types import Array, Bool, Float, Int
@@ -178,7 +179,7 @@ class MaskRCNN(nnx.Module):
         """
         config, image_shapes = self.config, jnp.asarray(image_shapes)
         maps = self.feature_maps(images)
-        proposals = self.proposals(maps, image_shapes, config.rpn_pre_nms)
+        proposals = tap("proposals", self.proposals(maps, image_shapes, config.rpn_pre_nms))
         logits, deltas = self.box_head(self._roi_features(maps, proposals.boxes, BOX_BINS))
 
         scores = jax.nn.softmax(logits)[..., :-1]

@@ -45,6 +45,7 @@ from vssd_jax.models.layers import (
     uniform,
 )
 from vssd_jax.models.ssd import bidirectional_ssd, causal_ssd
+from vssd_jax.models.taps import tap
 from vssd_jax.models.torch_names import Row, TensorShapes
 from vssd_jax.types import Array, Float
 
@@ -320,7 +321,7 @@ class SSDMixer(nnx.Module):
             return nc_ssd_mixer(
                 x,
                 xbc,
-                token_weights(dt, dt_bias, a_log, sign=self.sign),
+                tap("token_weights", token_weights(dt, dt_bias, a_log, sign=self.sign)),
                 z,
                 branch_scale,
                 MixerParams(
@@ -337,6 +338,7 @@ class SSDMixer(nnx.Module):
             )
         scan = causal_ssd if self.kind == "ssd" else bidirectional_ssd
         dt, a = _steps(dt, dt_bias, a_log)
+        dt = tap("token_weights", dt)
         batch, inner = x.shape[0], self.sizes[0]
         xbc, dt, z = (t.reshape(batch, -1, t.shape[-1]) for t in (self.conv(xbc), dt, z))
         xs, b, c = jnp.split(xbc, (inner, (inner + xbc.shape[-1]) // 2), axis=-1)
@@ -397,6 +399,7 @@ class AttentionMixer(nnx.Module):
         batch, height, width, channels = x.shape
         normed = layer_norm(x, **norm, implementation=self.implementation)
         qkv = self.qkv(normed).reshape(batch, height * width, 3 * channels)
+        qkv = tap("qkv", qkv, heads=self.heads)
         y = attention(qkv, heads=self.heads, implementation=self.implementation)
         return add_branch(x, self.out(y).reshape(x.shape), branch_scale)
 
@@ -571,7 +574,7 @@ class VSSD(nnx.Module):
         first = 0
         for stage in self.stages:
             last = first + len(stage.blocks)
-            x = stage(x, scales[first:last])
+            x = tap("map", stage(x, scales[first:last]))
             first = last
             maps.append(x)
             if stage.downsample is not None:
