@@ -1,38 +1,29 @@
 """Images per second of a detector's training pictures, against a plain OpenCV pipeline.
 
-    python benchmarks/detection_pipeline.py [--schedule 3x] [--output detection_pipeline.json]
+    python -m benchmarks.detection_pipeline --output detection_pipeline.json
 
-Both decode the same COCO-like JPEGs (sizes as frequent as COCO's, seven objects on average, with
-polygons) and apply the same draws of size, crop and flip:
+All decode the same COCO-like JPEGs (sizes as frequent as COCO's, seven objects on average, with
+polygons) and apply the same draws of size, crop and flip, of the 1x schedule and of 3x:
 
 - "plain" does what mmdet does with them: whole masks, resized and mirrored one by one, normalised
   float32 pixels;
 - "vssd_jax" is what this project's hosts do: pixels stay bytes, which the device normalises, and of
   the masks the parts that are not empty go, a bit a pixel.
 
-Per core means per second of processor time, the pipelines taking turns picture by picture; the
-ratio is the median over repetitions. MB are those of a batch of the config. `--workers N` measures
-the whole data pipeline, Grain and its processes, by the clock.
+How the rates are taken is said in `input_pipeline`.
 """
 
-import argparse
 import functools
 import io
 import json
 import pathlib
-import statistics
-import sys
-import tempfile
-import time
 
 import cv2
 import numpy as np
-from absl import flags
 from PIL import Image
 from pycocotools import mask as coco
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
+from benchmarks.input_pipeline import compare
 from benchmarks.padding import coco_sizes
 from benchmarks.real_step import config_of
 from vssd_jax.data.coco_masks import rasterise
@@ -42,13 +33,12 @@ from vssd_jax.data.detection_transforms import train_transform
 from vssd_jax.data.geometry import draw_geometry
 from vssd_jax.data.grouping import ShuffledByShape
 from vssd_jax.data.normalization import normalize
-from vssd_jax.data.pipeline import train_batches
 
 MEAN_OBJECTS, MAX_OBJECTS = 7, 100
 
 
-def write_dataset(root: pathlib.Path, count: int) -> tuple[pathlib.Path, pathlib.Path]:
-    """COCO-like JPEGs of about 160 kB, polygons of about 25 corners; returns folder and JSON."""
+def write_dataset(root: pathlib.Path, count: int) -> None:
+    """COCO-like JPEGs of about 160 kB, with polygons of about 25 corners."""
     (root / "train").mkdir()
     images, annotations = [], []
     for i, (height, width) in enumerate(coco_sizes(count).tolist()):
@@ -75,12 +65,10 @@ def write_dataset(root: pathlib.Path, count: int) -> tuple[pathlib.Path, pathlib
                 "bbox": [*low.tolist(), *(high - low).tolist()], "area": float(np.prod(high - low)),
                 "segmentation": [points.ravel().tolist()],
             })  # fmt: skip
-    path = root / "instances_train.json"
     categories = [{"id": 1, "name": "thing"}]
-    path.write_text(
+    (root / "instances_train.json").write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": categories})
     )
-    return root / "train", path
 
 
 def plain(element: dict) -> dict:
@@ -106,8 +94,7 @@ def plain(element: dict) -> dict:
     return {"image": image, "masks": masks}
 
 
-def check_agreement(result: dict, other: dict) -> None:
-    """The comparison means nothing unless both make the same picture and the same masks."""
+def check_element(result: dict, other: dict) -> None:
     height, width = result["image_shape"]
     if other["image"].shape != result["image"].shape:
         return
@@ -126,67 +113,49 @@ def check_agreement(result: dict, other: dict) -> None:
         np.testing.assert_array_equal(whole, mask)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--schedule", choices=("1x", "3x"), default="1x")
-    parser.add_argument("--pictures", type=int, default=160)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--output", type=pathlib.Path, help="JSON file to write")
-    arguments = parser.parse_args()
-    cv2.setNumThreads(1)
-    flags.FLAGS(sys.argv[:1])  # Grain's workers ask for them
-    config = config_of(f"mask_rcnn:tiny,{arguments.schedule}")
+def pipelines(root: pathlib.Path) -> dict:
+    """name -> (index, generator) -> example."""
+    source = CocoSource(root / "train", root / "instances_train.json")
+    return {
+        f"{name}{suffix}": function
+        for schedule, suffix in (("1x", ""), ("3x", ", 3x"))
+        for name, function in of_a_schedule(source, schedule).items()
+    }
+
+
+def of_a_schedule(source: CocoSource, schedule: str) -> dict:
+    config = config_of(f"mask_rcnn:tiny,{schedule}")
     draw = functools.partial(
         draw_geometry, short_sides=config.short_sides, long_side=config.long_side, crop=config.crop
     )
-    with tempfile.TemporaryDirectory() as folder:
-        source = CocoSource(*write_dataset(pathlib.Path(folder), arguments.pictures))
-        options = {"seed": 0, "draw": draw, "shapes": config.padded_shapes}
-        batch = config.batch_size
-        shuffled = ShuffledByShape(
-            DecodedSource(source), source.sizes, batch, steps=100_000, **options
-        )
-        transform = functools.partial(train_transform, draw=draw)
-        functions = {
-            "plain": lambda element, rng: plain(element),
-            "vssd_jax": transform,
-        }
-        count = arguments.pictures // batch * batch
-        for i in range(16):
-            element, rng = shuffled[i], np.random.default_rng(0)
-            check_agreement(transform(element, rng), plain(element))
-        times = {name: [] for name in functions}
-        for repetition in range(arguments.repetitions):
-            total = dict.fromkeys(functions, 0.0)
-            for i in range(repetition * count, (repetition + 1) * count):
-                for name, function in functions.items():
-                    start = time.process_time()
-                    function(shuffled[i], np.random.default_rng(i))
-                    total[name] += time.process_time() - start
-            for name, seconds in total.items():
-                times[name].append(seconds / count)
-        few = ShuffledByShape(DecodedSource(source), source.sizes, batch, steps=30, **options)
-        batches = train_batches(
-            few, transform, batch_size=batch, seed=0, shuffle=False, num_workers=arguments.workers
-        )
-        sizes = [sum(array.nbytes for array in next(batches).values()) / 1e6 for _ in range(6)]
-        start = time.perf_counter()
-        rest = sum(1 for _ in batches)
-        joint = rest * batch / (time.perf_counter() - start)
-    report = {
-        "schedule": arguments.schedule,
-        "images_per_second_per_core": {n: 1 / statistics.median(t) for n, t in times.items()},
-        "ratio": statistics.median(a / b for a, b in zip(*times.values(), strict=True)),
-        "mb_a_batch": max(sizes),
-        "mb_an_image": max(sizes) / batch,
-        "images_per_second_with_grain": joint,
-        "workers": arguments.workers,
+    shuffled = ShuffledByShape(
+        DecodedSource(source), source.sizes, min(config.batch_size, len(source)),
+        seed=0, steps=100_000, draw=draw, shapes=config.padded_shapes,
+    )  # fmt: skip
+    return {
+        "plain": lambda i, rng: plain(shuffled[i]),
+        "vssd_jax": lambda i, rng: train_transform(shuffled[i], rng, draw=draw),
     }
-    print(json.dumps(report, indent=2))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def check_agreement(functions: dict, count: int) -> None:
+    """The comparison means nothing unless both make the same pictures and the same masks."""
+    for suffix in ("", ", 3x"):
+        for i in range(count):
+            ours, theirs = (
+                functions[f"{name}{suffix}"](i, np.random.default_rng(0))
+                for name in ("vssd_jax", "plain")
+            )
+            check_element(ours, theirs)
 
 
 if __name__ == "__main__":
-    main()
+    compare(
+        __doc__,
+        write_pictures=write_dataset,
+        pipelines=pipelines,
+        check_agreement=check_agreement,
+        baselines=("plain", "plain, 3x"),
+        about={"picture": "of COCO's sizes, JPEG, quality 92"},
+        pictures=160,
+    )

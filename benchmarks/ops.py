@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import common
+from benchmarks.roi_align import STRIDES, pyramid
 from vssd_jax.host import compiler_options
 from vssd_jax.kernels import dispatch
 from vssd_jax.kernels.attention import attention
@@ -24,13 +25,14 @@ from vssd_jax.kernels.mlp import MLPParams, mlp
 from vssd_jax.kernels.nc_ssd import nc_ssd, nc_ssd_gated, specs
 from vssd_jax.kernels.nc_ssd_mixer import MixerParams, nc_ssd_mixer
 from vssd_jax.kernels.norm_linear import norm_linear
+from vssd_jax.kernels.roi_align import roi_align
 from vssd_jax.models.vssd import VSSDConfig
 
 FUNCTIONS = {
     f.__name__: f
     for f in (
         attention, depthwise_conv, expand_depthwise, layer_norm, mlp, nc_ssd, nc_ssd_gated,
-        nc_ssd_mixer, norm_linear,
+        nc_ssd_mixer, norm_linear, roi_align,
     )
 }  # fmt: skip
 
@@ -85,6 +87,12 @@ def operations(model: str, batch: int, dtype):
         yield "expand_depthwise", spec.name, {"x": x, **layers, **conv}, {}
     qkv = jax.random.normal(jax.random.key(0), (batch, 49, 3 * 8 * config.embed_dim), dtype)
     yield "attention", "stage 4", {"qkv": qkv}, {"heads": config.num_heads[3]}
+    # Of a detector, whose pictures are larger and fewer.
+    picture, regions = ((200, 336), 100) if model == "nano" else ((800, 1344), 1000)
+    maps, boxes = pyramid(max(1, batch // 16), picture, regions, dtype)
+    for bins, count in ((7, regions), (14, regions // 10)):
+        arrays = {"maps": maps, "boxes": boxes[:, :count]}
+        yield "roi_align", f"{count} of {bins}x{bins}", arrays, {"strides": STRIDES, "bins": bins}
 
 
 def implementations(name: str, direction: str, arguments: dict) -> list[str]:

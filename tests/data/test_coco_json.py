@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.data.coco_files import CATEGORIES, SIZE, annotation, rectangle, rle, write
 from vssd_jax.data import coco_json
-from vssd_jax.data.coco_json import BadField, read_instances
+from vssd_jax.data.coco_json import BadField, Instances
 from vssd_jax.data.datasets.coco import CocoSource
 from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.detection_transforms import eval_transform, train_transform
@@ -26,7 +27,11 @@ def instances(tmp_path, images=(IMAGE,), annotations=(), categories=CATEGORIES):
     path = tmp_path / "a.json"
     data = {"images": images, "annotations": annotations, "categories": categories}
     path.write_text(json.dumps(data))
-    return read_instances(path)
+    found = Instances(path)
+    read = [annotation for annotation, _, _ in found.annotations()]
+    return types.SimpleNamespace(
+        images=found.images, annotations=read, categories=found.categories, problems=found.problems
+    )
 
 
 def test_what_is_unambiguous_is_converted(tmp_path):

@@ -77,7 +77,7 @@ def test_training_has_at_most_one_mixed_batch_an_epoch():
         assert shapes == {(48, 32) if most else (32, 48)}
     again = shuffled(SIZES, 4, 100)
     assert [again[i]["index"] for i in range(400)] == order.ravel().tolist()
-    assert "2 padded shapes" in source.describe()
+    assert "images: 2, each" in source.describe()
     mixed = source.epoch(0).geometry.original.reshape(5, 4, 2)
     shrunk = min(len(set(map(tuple, batch.tolist()))) for batch in mixed) > 1
     assert ("scaled down" in source.describe()) == shrunk or "1 of 20" in source.describe()

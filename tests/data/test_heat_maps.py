@@ -44,6 +44,8 @@ def test_cells_beyond_the_picture_are_cut_off_and_it_shows_through():
     assert (tile[5, 31] == viridis(0.0)).all()
     assert (tile[5, 32] == viridis(1.0)).all()
     assert (tile[5, 60] == GREY).all()
+    assert (tile[31, 59] == viridis(1.0)).all()
+    assert (tile[32, 59] == GREY).all()  # no cell
     shown = part(over, 1)[5, [29, 30, 32]].astype(float)
     np.testing.assert_allclose(shown[0], 0.7 * viridis(0.0), atol=1)
     np.testing.assert_allclose(shown[1], 0.7 * viridis(0.0) + 0.3 * 255, atol=1)
@@ -66,9 +68,11 @@ def test_logarithms_ends_and_what_is_not_finite():
 def test_a_mark_is_drawn_on_the_picture_and_its_maps():
     image = np.zeros((64, 64, 3), np.uint8)
     sheet = draw_heat_maps(image, [Tile(np.zeros((2, 2)), cell=32)], mark=(32, 0, 64, 32), tile=70)
-    pixels = np.asarray(sheet)
-    red = (pixels == (255, 0, 0)).all(-1)
-    assert red.sum() == 2 * (4 * 32 - 4)
-    assert np.flatnonzero(red.any(1)).size == 32 + np.flatnonzero(red.any(1))[-1] - 31 - (
-        np.flatnonzero(red.any(1))[0]
-    )
+    red = (np.asarray(sheet) == (255, 0, 0)).all(-1)
+    frame = np.zeros((64, 64), bool)
+    frame[0:32, 32:64] = True
+    frame[1:31, 33:63] = False
+    # The picture stands at the bottom of its row, which is higher by a bar of 3 and its gap.
+    np.testing.assert_array_equal(red[18:82, 12:76], frame)
+    np.testing.assert_array_equal(red[12:76, 94:158], frame)
+    assert red.sum() == 2 * frame.sum()

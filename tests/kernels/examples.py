@@ -17,6 +17,7 @@ from vssd_jax.kernels import (
     nc_ssd_mixer,
     norm_linear,
     relu,
+    roi_align,
     silu,
 )
 from vssd_jax.kernels.nc_ssd.specs import Spec
@@ -37,6 +38,7 @@ FUNCTIONS = {
     "nc_ssd_mixer": nc_ssd_mixer.nc_ssd_mixer,
     "norm_linear": norm_linear.norm_linear,
     "relu": relu.relu,
+    "roi_align": roi_align.roi_align,
     "silu": silu.silu,
 }
 
@@ -104,6 +106,11 @@ def arguments(operation, dtype=jnp.float32, batch=2):
             }
             arrays = {"x": narrow(5, 4, 24), **pictures, "params": params}
             return arrays, {"branch_scale": None, "groups": 1, "epsilon": 1e-5}
+        case "roi_align":
+            boxes = [[-3, 1, 9, 17], [2.5, 3, 11, 8], [0, 0, 120, 90], [5, 5, 5, 4]]
+            maps = narrow(9, 8, 6), narrow(5, 4, 6)
+            boxes = jnp.tile(jnp.array(boxes, jnp.float32), (batch, 1, 1))
+            return {"maps": maps, "boxes": boxes}, {"strides": (4, 8), "bins": 3}
     raise KeyError(operation)
 
 

@@ -14,10 +14,10 @@ from tests.conftest import AS_USERS
 from tests.golden.inventories import load_inventory
 from tests.golden.synthetic import synthetic_images, synthetic_state_dict
 from vssd_jax.data.coco_masks import pack, part_of
+from vssd_jax.kernels.roi_align import roi_align
 from vssd_jax.models import mask_rcnn, torch_names
 from vssd_jax.models.detection.assigner import assign
 from vssd_jax.models.detection.masks import paste_masks
-from vssd_jax.models.detection.roi_align import pyramid_roi_align
 from vssd_jax.models.family import abstract
 from vssd_jax.models.mask_rcnn import MaskRCNN, MaskRCNNConfig, Proposals
 from vssd_jax.weights.state import set_state
@@ -109,7 +109,7 @@ def test_region_features_and_heads(model, maps, golden):
 
     def outputs(model, maps, boxes):
         small, large = (
-            pyramid_roi_align(maps, (4, 8, 16, 32), boxes, bins)[image, np.arange(len(rois))]
+            roi_align(maps, boxes, strides=(4, 8, 16, 32), bins=bins)[image, np.arange(len(rois))]
             for bins in (7, 14)
         )
         return small, large, model.box_head(small), model.mask_head(large)

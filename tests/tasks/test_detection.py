@@ -206,7 +206,7 @@ def test_what_is_not_trained_on_is_said(data_dir, capsys):
     next(Detection(config).train_batches(0))
     said = capsys.readouterr().out
     assert "training images have more than config.max_objects=1 objects" in said
-    assert "training images have 2 padded shapes" in said
+    assert "padded shapes of the training images: 2, each" in said
     task = Detection(config)
     for left_out in (0.0, 0.5, 0.5):
         task.check({"train/masks_left_out": left_out})

@@ -8,13 +8,13 @@ one polygon, annotation or image. Only categories must be in order, since labels
 import collections
 import contextlib
 import dataclasses
-import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from vssd_jax.data.coco_masks import decode_counts
+from vssd_jax.data.json_lists import JsonLists
 from vssd_jax.errors import UserError
 
 Id = int | str
@@ -84,57 +84,85 @@ class Annotation:
     segmentation: Any
 
 
-@dataclasses.dataclass(frozen=True)
 class Instances:
-    """What can be used of a file.
+    """What can be used of a JSON file in COCO's instances format.
+
+    Args:
+      path: the file.
 
     Attributes:
       images: by id, in the file's order.
-      annotations: of these images, in the file's order.
-      categories: name by id, in the order of the ids, without those that only group others.
-      problems: everything that was left out.
-    """
-
-    images: dict[Id, Image]
-    annotations: list[Annotation]
-    categories: dict[int, str]
-    problems: list[Problem]
-
-
-def read_instances(path: str | os.PathLike) -> Instances:
-    """Reads a JSON file in COCO's instances format.
+      categories: name by id, in the order of the ids; when the annotations have been read, without
+        those that only group others.
+      problems: everything that was left out; of the annotations, when they have been read.
+      stat: of the file.
 
     Raises:
       UserError: it cannot be read, is of another format, or its categories are not in order.
     """
-    data = _load(path)
-    categories, groups = _categories(path, data["categories"])
-    problems: list[Problem] = []
-    images, left_out = _images(data["images"], problems)
-    by_text = {str(number): image for number, image in images.items()}
-    annotations: list[Annotation] = []
-    for place, entry in enumerate(data["annotations"]):
-        where = f"annotation {place + 1} of the list"
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = path
         try:
-            fields = _entry(entry)
-            number = fields.get("id", place + 1)
-            where = f"image {_shown(fields.get('image_id'))}, annotation {_shown(number)}"
-            key = str(read_id(fields.get("image_id"), "image_id"))
-            if key in left_out:
-                continue  # with its image
-            if key not in by_text:
-                raise BadField("the image is not in the list of images")
-            annotation, faults = read_annotation(fields, by_text[key], categories)
-        except BadField as error:
-            problems.append(Problem(where, str(error), error.kind))
-            continue
-        annotations.append(annotation)
-        problems += [Problem(where, str(fault), fault.kind) for fault in faults]
-    # Roboflow lists the name of the whole data as the first category.
-    for number in groups - {a.category_id for a in annotations}:
-        if len(categories) > 1:
-            del categories[number]
-    return Instances(images, annotations, categories, problems)
+            self._lists = JsonLists(path)
+        except OSError as error:
+            raise UserError(f"cannot read the annotations {path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise self._no_json(error) from error
+        for key in ("images", "annotations", "categories"):
+            if key not in self._lists:
+                raise UserError(f"{path} has no list {key!r}; it should be COCO's instances format")
+        self.stat = self._lists.stat
+        self.problems: list[Problem] = []
+        categories = [entry for entry, _, _ in self._entries("categories")]
+        self.categories, self._groups = _categories(path, categories)
+        images = (entry for entry, _, _ in self._entries("images"))
+        self.images, self._left_out = _images(images, self.problems)
+
+    def annotations(self) -> Iterator[tuple[Annotation, int, int]]:
+        """The annotations of these images, in the file's order, one by one: all take gigabytes.
+
+        To be read once, since it adds to `problems`.
+
+        Yields:
+          An annotation, and the places in the file of its first byte and behind its last.
+
+        Raises:
+          UserError: the file is no JSON.
+        """
+        by_text = {str(number): image for number, image in self.images.items()}
+        used: set[int] = set()
+        for place, (entry, begin, end) in enumerate(self._entries("annotations")):
+            where = f"annotation {place + 1} of the list"
+            try:
+                fields = _entry(entry)
+                number = fields.get("id", place + 1)
+                where = f"image {_shown(fields.get('image_id'))}, annotation {_shown(number)}"
+                key = str(read_id(fields.get("image_id"), "image_id"))
+                if key in self._left_out:
+                    continue  # with its image
+                if key not in by_text:
+                    raise BadField("the image is not in the list of images")
+                annotation, faults = read_annotation(fields, by_text[key], self.categories)
+            except BadField as error:
+                self.problems.append(Problem(where, str(error), error.kind))
+                continue
+            self.problems += [Problem(where, str(fault), fault.kind) for fault in faults]
+            used.add(annotation.category_id)
+            yield annotation, begin, end
+        # Roboflow lists the name of the whole data as the first category.
+        for number in self._groups - used:
+            if len(self.categories) > 1:
+                self.categories.pop(number, None)
+
+    def _entries(self, key: str) -> Iterator[tuple[Any, int, int]]:
+        try:
+            yield from self._lists.entries(key)
+        except (ValueError, RecursionError) as error:
+            raise self._no_json(error) from error
+
+    def _no_json(self, error: Exception) -> UserError:
+        return UserError(f"{self._path} is no JSON: {error}")
 
 
 def describe(problems: Iterable[Problem]) -> str:
@@ -204,13 +232,23 @@ def read_numbers(values: Any, name: str) -> list[float]:
     if not isinstance(values, list):
         raise BadField(f"{name} is no list of numbers", _shown(values))
     # Masks have millions of them, and hardly ever another type.
-    if all(type(value) is float or type(value) is int for value in values):
-        try:
+    types = set(map(type, values))
+    if types <= {float, int}:
+        with contextlib.suppress(OverflowError):
+            # A sum of floats is finite only if all of them are; integers may cancel out.
+            if types == {float} and math.isfinite(sum(values)):
+                return values
             if all(map(math.isfinite, values)):
                 return values
-        except OverflowError:
-            pass
     return [read_number(value, name) for value in values]
+
+
+def read_box(entry: dict[str, Any]) -> list[float]:
+    """The x, y, width and height of an annotation; raises `BadField`."""
+    box = read_numbers(entry.get("bbox"), "the box")
+    if len(box) != 4:
+        raise BadField("the box is not four numbers", _shown(box))
+    return box
 
 
 def read_annotation(
@@ -229,9 +267,7 @@ def read_annotation(
     category = read_whole(entry.get("category_id"), "category_id")
     if category not in categories:
         raise BadField("unknown category", str(category))
-    box = read_numbers(entry.get("bbox"), "the box")
-    if len(box) != 4:
-        raise BadField("the box is not four numbers", _shown(box))
+    box = read_box(entry)
     x, y, w, h = map(float, box)
     area = entry.get("area")
     area = w * h if area is None else read_number(area, "the area")
@@ -289,20 +325,6 @@ def read_segmentation(value: Any, size: tuple[int, int]) -> tuple[Any, list[BadF
 # --- The file ------------------------------------------------------------------------------------
 
 
-def _load(path: str | os.PathLike) -> dict[str, list]:
-    try:
-        with open(path, encoding="utf-8-sig") as file:  # some tools write a byte-order mark
-            data = json.load(file)
-    except OSError as error:
-        raise UserError(f"cannot read the annotations {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            raise UserError(f"{path} has no list {key!r}; it should be COCO's instances format")
-    return data
-
-
 def _entry(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadField("an entry that is no object", _shown(value))
@@ -335,7 +357,7 @@ def _categories(path: str | os.PathLike, entries: list) -> tuple[dict[int, str],
     return dict(sorted(names.items())), groups
 
 
-def _images(entries: list, problems: list[Problem]) -> tuple[dict[Id, Image], set[str]]:
+def _images(entries: Iterable, problems: list[Problem]) -> tuple[dict[Id, Image], set[str]]:
     """The images by id, and the ids (as text) of those that are left out."""
     images: dict[Id, Image] = {}
     seen: set[str] = set()

@@ -60,7 +60,8 @@ def draw_heat_maps(
 
     Args:
       image: (H, W, 3) uint8; None draws the maps alone.
-      tiles: their maps cover the picture; what of the last cells is beyond it is cut off.
+      tiles: their maps; what of the last cells is beyond the picture is cut off, and what of the
+        picture no cell covers stays grey.
       mark: left, top, right and bottom of a rectangle to mark, in pixels.
       columns, tile: see `vssd_jax.data.drawing.contact_sheet`.
     """
@@ -71,10 +72,7 @@ def draw_heat_maps(
         colors, scale = _colors(one)
         colors = colors.repeat(one.cell, 0).repeat(one.cell, 1)
         if image is not None:
-            colors = colors[: image.shape[0], : image.shape[1]]
-        if one.over and image is not None:
-            grey = image.astype(np.float64) @ (0.299, 0.587, 0.114)
-            colors = np.round(_OVER * colors + (1 - _OVER) * grey[..., None]).astype(np.uint8)
+            colors = _laid_over(image, colors, _OVER if one.over else 1.0)
         colors = _marked(colors, mark)
         caption = list(one.caption)
         if scale is not None:
@@ -104,6 +102,17 @@ def _colors(tile: Tile) -> tuple[np.ndarray, str | None]:
         values, scale = values - low, high - low
         text = f"{low:.3g} to {high:.3g}"
     return viridis(values / scale if scale > 0 else np.zeros_like(values)), text
+
+
+def _laid_over(image: np.ndarray, colors: np.ndarray, opacity: float) -> np.ndarray:
+    """(H, W, 3) uint8: colours over the picture in grey; where they are opaque, over plain grey."""
+    result = np.full(image.shape, _GREY, np.float64)
+    if opacity < 1:
+        result[:] = (image @ np.array((0.299, 0.587, 0.114)))[..., None]
+    height, width = min(len(image), len(colors)), min(image.shape[1], colors.shape[1])
+    covered = result[:height, :width]
+    covered[:] = opacity * colors[:height, :width] + (1 - opacity) * covered
+    return np.round(result).astype(np.uint8)
 
 
 def _with_bar(colors: np.ndarray) -> np.ndarray:

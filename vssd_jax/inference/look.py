@@ -398,9 +398,7 @@ def draw_features(model: nnx.Module, seen: Seen, *, stage: int | None = None) ->
     )
 
 
-def _fields(
-    models: Sequence[tuple[str, nnx.Module, Sequence[Seen]]], stage: int | None
-) -> Drawing:
+def _fields(models: Sequence[tuple[str, nnx.Module, Sequence[Seen]]], stage: int | None) -> Drawing:
     """The receptive fields of models side by side, each the mean over its pictures."""
     tiles: list[Tile] = []
     facts: list[str] = []
@@ -429,7 +427,11 @@ def _fields(
         tiles.append(
             Tile(
                 field,
-                [f"{name}, stage {index + 1}", *(f"{line} of the pixels" for line in lines)],
+                [
+                    f"{name}, stage {index + 1}",
+                    f"{size[1]}x{size[0]} pixels",
+                    *(f"{line} of the pixels" for line in lines),
+                ],
                 decades=_FIELD_DECADES,
             )
         )

@@ -10,12 +10,13 @@ Shape letters: h and w are height and width of a stage's map, ceil(H / stride) a
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from flax import nnx
 
 from vssd_jax.errors import UserError
@@ -39,11 +40,7 @@ def token_weights(
     Returns:
       For each stage (B, blocks, h, w, heads) float32; None where it has no such mixer.
     """
-    return _run(_token_weights, model, _array(images))
-
-
-def _token_weights(model: nnx.Module, images: jax.Array) -> list[jax.Array | None]:
-    stages = _watched(model, images)
+    stages = _shown(model, images)
     return [_blocks(stage["token_weights"]) if "token_weights" in stage else None
             for stage in stages]  # fmt: skip
 
@@ -64,45 +61,30 @@ def attention(
     Raises:
       UserError: the stage has no attention, or its map no such token.
     """
-    maps = _run(_attention, model, _array(images), jnp.asarray(token), stage=stage)
-    height, width = maps.shape[2:4]
+    index = stage_index(model, stage)
+    shown = _shown(model, images)[index]
+    if "qkv" not in shown:
+        raise UserError(f"stage {index} has no attention: its mixers are of another kind")
+    height, width = shown["map"][0].shape[1:3]
     if not (0 <= token[0] < height and 0 <= token[1] < width):
         raise UserError(f"there is no token {token}: the map has {height}x{width}")
-    return maps
-
-
-def _attention(
-    model: nnx.Module, images: jax.Array, token: jax.Array, *, stage: int
-) -> jax.Array:
-    index = stage_index(model, stage)
-    seen = _watched(model, images)[index]
-    if "qkv" not in seen:
-        raise UserError(f"stage {index} has no attention: its mixers are of another kind")
-    height, width = seen["map"][0].shape[1:3]
     rows = []
-    for qkv, heads in seen["qkv"]:
-        q, k, _ = (part.astype(jnp.promote_types(part.dtype, jnp.float32))
-                   for part in split(qkv, heads))  # fmt: skip
-        query = q[:, token[0] * width + token[1]]
-        scores = jnp.einsum("bhp,blhp->blh", query, k, precision="highest")
-        row = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=1)
-        rows.append(row.reshape(len(qkv), height, width, heads))
+    for qkv, heads in shown["qkv"]:
+        wide = jnp.promote_types(qkv.dtype, jnp.float32)
+        q, k, _ = (np.asarray(part, wide) for part in split(jnp.asarray(qkv), int(heads)))
+        query = q[:, token[0] * width + token[1]] * q.shape[-1] ** -0.5
+        row = scipy.special.softmax(np.einsum("bhp,blhp->blh", query, k), axis=1)
+        rows.append(row.reshape(len(qkv), height, width, -1))
     return _blocks(rows)
 
 
-def feature_maps(
-    model: nnx.Module, images: Images
-) -> list[Float[np.ndarray, "B h w C"]]:
+def feature_maps(model: nnx.Module, images: Images) -> list[Float[np.ndarray, "B h w C"]]:
     """The output of each stage, before the norm that a detector's or segmentor's backbone adds.
 
     Returns:
       For each stage (B, h, w, C) in the model's dtype.
     """
-    return _run(_feature_maps, model, _array(images))
-
-
-def _feature_maps(model: nnx.Module, images: jax.Array) -> list[jax.Array]:
-    return [stage["map"][0] for stage in _watched(model, images)]
+    return [stage["map"][0] for stage in _shown(model, images)]
 
 
 class Components(NamedTuple):
@@ -117,9 +99,7 @@ class Components(NamedTuple):
     shares: np.ndarray
 
 
-def principal_components(
-    features: Float[np.ndarray, "B h w C"], components: int = 3
-) -> Components:
+def principal_components(features: Float[np.ndarray, "B h w C"], components: int = 3) -> Components:
     """The first principal components of all tokens' features, those of the whole batch together.
 
     The sign of a component is that in which its greatest loading is positive. Where the map has
@@ -135,9 +115,7 @@ def principal_components(
     shares = np.maximum(variances[:components], 0) / (total if total > 0 else 1)
     missing = components - len(shares)
     maps = np.pad(tokens @ loadings, ((0, 0), (0, missing)))
-    return Components(
-        maps.reshape(*features.shape[:-1], components), np.pad(shares, (0, missing))
-    )
+    return Components(maps.reshape(*features.shape[:-1], components), np.pad(shares, (0, missing)))
 
 
 # --- The effective receptive field --------------------------------------------------------------
@@ -260,7 +238,7 @@ def _grad_cam(
     model: nnx.Module, images: jax.Array, shapes: jax.Array, target: jax.Array, *, stage: int
 ) -> tuple[Any, ...]:
     index = stage_index(model, stage)
-    shape = _watched(model, images)[index]["map"][0]  # nothing is used of its values
+    shape = jax.eval_shape(lambda images: _watched(model, images)[index]["map"][0], images)
 
     def score(change: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
         maps: list[jax.Array] = []
@@ -277,7 +255,8 @@ def _grad_cam(
             scores, *about = _scores(model, images, shapes, target)
         return scores.sum(), (maps[index], scores, *about)
 
-    gradient, (features, *about) = jax.grad(score, has_aux=True)(jnp.zeros_like(shape))
+    none = jnp.zeros(shape.shape, shape.dtype)
+    gradient, (features, *about) = jax.grad(score, has_aux=True)(none)
     wide = jnp.promote_types(features.dtype, jnp.float32)
     weights = gradient.astype(wide).mean((1, 2), keepdims=True)
     return jax.nn.relu((weights * features).sum(-1)), *about
@@ -374,10 +353,15 @@ def _watched(model: nnx.Module, images: jax.Array) -> list[dict[str, list[Any]]]
     return stages[:-1]
 
 
-def _blocks(values: list[jax.Array]) -> jax.Array:
+def _shown(model: nnx.Module, images: Images) -> list[dict[str, list[Any]]]:
+    """`_watched`, computed: one program for all that asks for it."""
+    return _run(_watched, model, _array(images))
+
+
+def _blocks(values: Sequence[np.ndarray]) -> np.ndarray:
     """Arrays (B, ...) of each block -> (B, blocks, ...), in float32 at least."""
-    stacked = jnp.stack(values, 1)
-    return stacked.astype(jnp.promote_types(stacked.dtype, jnp.float32))
+    stacked = np.stack(values, 1)
+    return np.asarray(stacked, jnp.promote_types(stacked.dtype, jnp.float32))
 
 
 def _run(

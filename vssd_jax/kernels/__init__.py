@@ -19,6 +19,7 @@ from vssd_jax.kernels import (
     nc_ssd_mixer,
     norm_linear,
     relu,
+    roi_align,
     silu,
 )
 
@@ -36,5 +37,6 @@ __all__ = [
     "nc_ssd_mixer",
     "norm_linear",
     "relu",
+    "roi_align",
     "silu",
 ]

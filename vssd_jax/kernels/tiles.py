@@ -33,7 +33,7 @@ def padded(size: int) -> int:
     return max(16, pl.next_power_of_2(size))
 
 
-def span(start: int | Array, size: int, end: int) -> Span:
+def span(start: int | Array, size: int, end: int | Array) -> Span:
     """`size` indices from `start` on, and the mask of those below `end`."""
     index = start + jnp.arange(size)
     return index, index < end

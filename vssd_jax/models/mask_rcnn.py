@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vssd_jax.kernels.roi_align import roi_align
 from vssd_jax.models import torch_names, vssd
 from vssd_jax.models.detection import anchors as anchor_grid
 from vssd_jax.models.detection import boxes as box_ops
@@ -21,7 +22,6 @@ from vssd_jax.models.detection.assigner import IGNORED, NEGATIVE, assign
 from vssd_jax.models.detection.heads import FPN, BoxHead, MaskHead, RPNHead
 from vssd_jax.models.detection.masks import PackedMasks, mask_targets
 from vssd_jax.models.detection.nms import multiclass_nms, nms
-from vssd_jax.models.detection.roi_align import pyramid_roi_align
 from vssd_jax.models.detection.sampler import sample
 from vssd_jax.models.family import (
     BackboneConfig,
@@ -122,7 +122,7 @@ class MaskRCNN(nnx.Module):
       config: the architecture.
       num_classes: classes without the background; None takes the config's.
       dtype: float32 or bfloat16 activations; boxes, scores and losses are float32.
-      implementation: of the backbone's operations, see `build` in `family.py`.
+      implementation: of the operations, see `build` in `family.py`.
       remat: recompute the backbone's blocks in the backward pass.
       rngs: with a `params` stream for the initialisation.
     """
@@ -139,6 +139,7 @@ class MaskRCNN(nnx.Module):
     ) -> None:
         self.config, self.precision = config, Precision(jnp.dtype(dtype))
         self.num_classes = config.num_classes if num_classes is None else num_classes
+        self.implementation = implementation
         options: dict[str, Any] = {"precision": self.precision, "rngs": rngs}
         channels = config.fpn_channels
         self.backbone = config.backbone.make_backbone(
@@ -250,7 +251,10 @@ class MaskRCNN(nnx.Module):
     def _roi_features(
         self, maps: Maps, boxes: Float[Array, "B R 4"], bins: int
     ) -> Float[Array, "B R {bins} {bins} C"]:
-        return pyramid_roi_align(maps[:-1], self.strides[:-1], boxes, bins)
+        return roi_align(
+            maps[:-1], boxes, strides=self.strides[:-1], bins=bins,
+            implementation=self.implementation,
+        )  # fmt: skip
 
     # --- Training -------------------------------------------------------------------------------
 

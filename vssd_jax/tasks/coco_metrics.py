@@ -1,6 +1,5 @@
 """Detections in COCO's result format, their mean average precision, and pictures of them."""
 
-import contextlib
 import io
 import json
 import os
@@ -15,15 +14,11 @@ import numpy as np
 from vssd_jax.data.coco_masks import rasterise
 from vssd_jax.data.drawing import draw_detections
 from vssd_jax.data.source import DetectionSource, Source
+from vssd_jax.distributed import is_main
 from vssd_jax.models.detection.masks import paste_masks
 from vssd_jax.models.family import Detections
-
-KINDS = {"box": "bbox", "mask": "segm"}  # our names and pycocotools'
-# COCO's twelve numbers, in its order; the sizes are of objects in pixels of area.
-NUMBERS = (
-    "map", "ap50", "ap75", "map_small", "map_medium", "map_large",
-    "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large",
-)  # fmt: skip
+from vssd_jax.tasks import average_precision
+from vssd_jax.tasks.average_precision import KINDS, NUMBERS, results_of
 
 
 def to_results(
@@ -125,34 +120,15 @@ def evaluate(
     Returns:
       {"box": ..., "mask": ...}, each with the `NUMBERS`; -1 where there are no such objects.
     """
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    kinds = {kind: name for kind, name in KINDS.items() if masks or kind == "box"}
+    kinds = [kind for kind in KINDS if masks or kind == "box"]
     if not results:
         return {kind: dict.fromkeys(NUMBERS, 0.0) for kind in kinds}
-    scores = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        dataset = source.ground_truth()
-        for kind, name in kinds.items():
-            truth = COCO()
-            # Copies: an evaluation leaves its notes in them.
-            truth.dataset = dataset | {
-                "annotations": [
-                    dict(a) if kind == "box" else _ignored_without_mask(a)
-                    for a in dataset["annotations"]
-                ]
-            }
-            truth.createIndex()
-            evaluation = COCOeval(truth, truth.loadRes(results_of(name, results)), name)
-            evaluation.params.imgIds = [i for i in sorted(truth.imgs) if i not in without]
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-            scores[kind] = dict(zip(NUMBERS, map(float, evaluation.stats), strict=True))
-            if by_class is not None:
-                by_class[kind] = class_ap(evaluation.eval["precision"])
-    return scores
+    scores = average_precision.evaluate(
+        source.ground_truth(), results, without=without, masks=masks, progress=is_main()
+    )
+    if by_class is not None:
+        by_class |= {kind: class_ap(score.precision) for kind, score in scores.items()}
+    return {kind: score.numbers for kind, score in scores.items()}
 
 
 def class_ap(precision: np.ndarray) -> np.ndarray:
@@ -166,24 +142,6 @@ def class_ap(precision: np.ndarray) -> np.ndarray:
     curves = precision[:, :, :, 0, -1].astype(np.float64)  # all sizes, most detections
     curves[curves < 0] = np.nan  # there is all or nothing of a category
     return np.stack((curves.mean((0, 1)), curves[0].mean(0)), axis=1)
-
-
-def _ignored_without_mask(annotation: dict) -> dict:
-    """A crowd of the box's shape in place of an object that has no mask."""
-    if annotation["segmentation"] is not None:
-        return dict(annotation)
-    x, y, w, h = annotation["bbox"]
-    polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    return {**annotation, "iscrowd": 1, "segmentation": polygon}
-
-
-def results_of(kind: str, results: list[dict]) -> list[dict]:
-    """The results with nothing but their "bbox", or nothing but their "segm" (masks).
-
-    pycocotools measures the size of a detection by its box where there is one, also for masks.
-    """
-    other = {"bbox": "segmentation", "segm": "bbox"}[kind]
-    return [{key: value for key, value in r.items() if key != other} for r in results]
 
 
 def save_predictions(

@@ -1,12 +1,16 @@
 """COCO's instances: elements, and bad annotations and files."""
 
 import json
+import os
 import pathlib
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from tests.conftest import ROOT
 from tests.data.coco_files import SIZE, annotation, rectangle, rle, write
 from vssd_jax import UserError
 from vssd_jax.config import detection_config
@@ -38,13 +42,46 @@ def test_elements_of_every_kind_of_mask(tmp_path):
         mask = rasterise(segmentation, SIZE)
         np.testing.assert_array_equal(mask, rectangle(8, 10, 24, 30))
     assert source[1]["boxes"].shape == (0, 4)
-    again = pickle.loads(pickle.dumps(source))  # workers get it so
-    np.testing.assert_array_equal(again[2]["boxes"], source[2]["boxes"])
 
 
 def test_training_leaves_out_images_without_objects(tmp_path):
     source = CocoSource(*write(tmp_path, GOOD), training=True)
     assert source.image_ids == [1, 3]
+
+
+def test_workers_share_the_annotations(tmp_path):
+    small = CocoSource(*write(tmp_path, GOOD))
+    before = len(pickle.dumps(small))
+    polygon = np.linspace(1, 40, 2000).tolist()
+    many = [annotation(i, image=1 + i % 3, segmentation=[polygon]) for i in range(6, 606)]
+    source = CocoSource(*write(tmp_path, [*GOOD, *many]))
+    data = pickle.dumps(source)
+    assert source.annotations.stat().st_size > 600 * 20_000
+    assert len(data) - before < 600 * 25  # places in the file, and labels
+    program = "import pickle, sys; s = pickle.load(sys.stdin.buffer); "
+    program += "sys.stdout.buffer.write(pickle.dumps([s[i] for i in range(3)])); "
+    program += "assert 'jax' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, input=data, capture_output=True)
+    assert not run.returncode, run.stderr
+    for index, element in enumerate(pickle.loads(run.stdout)):
+        assert element["segmentations"] == source[index]["segmentations"]
+        np.testing.assert_array_equal(element["boxes"], source[index]["boxes"])
+    assert element["segmentations"][-1] == [polygon]
+    assert not [p for p in tmp_path.iterdir() if p.name not in ("images", "a.json")]
+
+
+def test_the_json_must_stay(tmp_path):
+    paths = write(tmp_path, GOOD)
+    source = CocoSource(*paths)
+    text = paths[1].read_text()
+    paths[1].write_text(text.replace("20, 16", "16, 20"))
+    os.utime(paths[1], ns=(0, 0))
+    with pytest.raises(UserError, match=r"a\.json was changed after it was opened"):
+        source[0]
+    assert not len(source[1]["boxes"])  # the JSON has nothing of it
+    paths[1].unlink()
+    with pytest.raises(UserError, match=r"cannot read the annotations .*a\.json: No such file"):
+        source[0]
 
 
 BAD = {

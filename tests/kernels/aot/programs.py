@@ -44,6 +44,7 @@ from vssd_jax.kernels.mlp import MLPParams, mlp
 from vssd_jax.kernels.nc_ssd import nc_ssd_gated, specs
 from vssd_jax.kernels.nc_ssd_mixer import MixerParams, nc_ssd_mixer
 from vssd_jax.kernels.norm_linear import norm_linear
+from vssd_jax.kernels.roi_align import roi_align
 from vssd_jax.models.layers import round_kernels
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 
@@ -59,6 +60,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "
          "u64": 8, "f64": 8}  # fmt: skip
 # cuDNN, which has attention over many tokens, is not there: XLA's is compiled in its place.
 OPERATION.table.pop("cudnn")
+ROI_STRIDES = (4, 8, 16, 32)
 FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all"}
 
 
@@ -285,9 +287,19 @@ def nc_ssd_shapes(batch, dtype, spec):
     }
 
 
+def roi_align_shapes(images, dtype, regions, channels=256):
+    """The pyramid of pictures of 800x1344."""
+    maps = [shape(images, 800 // s, 1344 // s, channels, dtype=dtype) for s in ROI_STRIDES]
+    return {"maps": tuple(maps), "boxes": shape(images, regions, 4)}
+
+
 def operation(name, batch, dtype):
     """A function and the shapes of its arguments."""
     kind, *sizes = name.split(" ")
+    if kind == "roi_align":
+        regions, bins = map(int, sizes)
+        shapes, options = roi_align_shapes(batch, dtype, regions), {"strides": ROI_STRIDES}
+        return by_position(roi_align, shapes, bins=bins, implementation="pallas", **options)
     if kind == "depthwise":
         shapes = depthwise_shapes(batch, dtype, *map(int, sizes))
         return by_position(depthwise_conv, shapes, activation="silu")
@@ -382,6 +394,8 @@ def program(description):
         return *(training_step if kind == "step" else prediction)(config), batch
     *name, dtype, direction = name
     name, dtype, batch = " ".join(name), jnp.dtype(dtype), 128
+    if name.startswith("roi_align"):
+        batch = 2 if direction == "backward" else 8
     if kind == "model":
         return *network(name, batch, dtype, direction), batch
     f, arguments = operation(name, batch, dtype)

@@ -59,7 +59,8 @@ def check(arch, programs):
     assert set(found) == set(programs)
     for program in programs:
         line, figures = found[program], RECORDED[arch][program]
-        # RoIAlign, and resizing in UperNet, transpose for their products.
+        # Attention over many tokens (without cuDNN), the targets and the upsampling of masks, and
+        # resizing in UperNet transpose for their products.
         transposes = [] if re.search("mask_rcnn|upernet", program) else line["transposes"]
         assert not transposes, f"{program} transposes {transposes}"
         assert not line["spills"], f"{program} spills registers: {line['spills']}"

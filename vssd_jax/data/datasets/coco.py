@@ -6,21 +6,23 @@
     DATA_DIR/images/*.jpg with annotations/instances_default.json: a share is set aside
 
 Other files are named by `config.train_images`, `train_annotations`, `val_images` and
-`val_annotations`. The JSON is read once and checked; a picture is read when it is asked for.
+`val_annotations`. All of the JSON is checked first. A picture, and what the JSON says of its
+objects, are read when they are asked for: worker processes hold only where an annotation stands.
 """
 
+import array
+import json
 import os
 import pathlib
-import pickle
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
 
 from vssd_jax import known_classes
 from vssd_jax.data import coco_json
-from vssd_jax.data.coco_json import Problem
+from vssd_jax.data.coco_json import Instances, Problem
 from vssd_jax.data.registry import Dataset
 from vssd_jax.data.splits import say_set_aside, set_aside
 from vssd_jax.errors import UserError, did_you_mean
@@ -37,7 +39,7 @@ class CocoSource:
 
     Args:
       images: folder of the pictures.
-      annotations: the JSON file, in COCO's "instances" format.
+      annotations: the JSON file, in COCO's "instances" format. It must stay as it is.
       training: leave out images with a side below 32 pixels, and with `filter_empty` those without
         objects.
       filter_empty: see `training`.
@@ -56,7 +58,8 @@ class CocoSource:
       problems: everything left out because it is wrong.
 
     Raises:
-      UserError: a file that is missing or of another format, and with "refuse" bad annotations.
+      UserError: a file that is missing or of another format, and with "refuse" bad annotations; of
+        an element, that the JSON has been changed.
     """
 
     def __init__(
@@ -73,9 +76,10 @@ class CocoSource:
         if bad_annotations not in ("skip", "refuse"):
             raise UserError(f'bad_annotations must be "skip" or "refuse": {bad_annotations!r}')
         self.folder, self.annotations = pathlib.Path(images), pathlib.Path(annotations)
-        instances = coco_json.read_instances(self.annotations)
+        instances = Instances(self.annotations)
         if not self.folder.is_dir():
             raise UserError(f"{self.folder} is no folder; it should hold the images of COCO")
+        found = _read_annotations(instances)
         ids = {name: number for number, name in instances.categories.items()}
         for name in class_names:
             if name not in ids:
@@ -83,7 +87,7 @@ class CocoSource:
                 raise UserError(f"config.class_names: {annotations} has no category {name!r}{near}")
         self.class_names = list(class_names or ids)
         self.category_ids = np.array([ids[name] for name in self.class_names], np.int64)
-        self.problems = list(instances.problems)
+        self.problems = instances.problems
         files = self._find_files(instances.images.values())
         if self.problems and bad_annotations == "refuse":
             raise UserError(
@@ -93,57 +97,56 @@ class CocoSource:
         if choose is not None and files:
             chosen = choose(list(files.values()))
             files = {key: files[key] for key, take in zip(files, chosen, strict=True) if take}
+        # Of all images and annotations in the file:
+        ids_of_all = list(instances.images)
+        sizes = np.array([image.size for image in instances.images.values()], np.int32)
+        sizes = sizes.reshape(-1, 2)
+        take = np.array([number in files for number in ids_of_all], np.bool_)
         label = {int(number): i for i, number in enumerate(self.category_ids)}
-        objects: dict[coco_json.Id, list] = {number: [] for number in files}
-        crowds = other = 0
-        for a in instances.annotations:
-            if a.image_id not in objects:
-                continue
-            if a.category_id not in label:
-                other += 1
-            elif a.crowd:
-                crowds += 1
-            else:
-                x, y, w, h = a.bbox
-                box = (x, y, x + w, y + h)
-                objects[a.image_id].append((box, label[a.category_id], a.segmentation))
-        left_out = {"crowds, which are no objects to learn from": crowds if training else 0}
-        left_out["objects of other categories than config.class_names"] = other
-        records, names, sizes, counts, masks, classes = [], [], [], [], [], []
-        self.image_ids: list[coco_json.Id] = []
-        small = empty = 0
-        for number, found in objects.items():
-            size = instances.images[number].size
-            if training and min(size) < _SMALLEST_SIDE:
-                small += 1
-                continue
-            if training and filter_empty and not found:
-                empty += 1
-                continue
-            # Bytes, not objects: a worker process gets and holds one array, not a million lists.
-            records.append(pickle.dumps(found))
-            names.append(os.fsencode(files[number]))
-            self.image_ids.append(number)
-            sizes.append(size)
-            counts.append(len(found))
-            masks.append(sum(segmentation is not None for _, _, segmentation in found))
-            classes.append(np.bincount([o[1] for o in found], minlength=len(label)))
-        left_out[f"images with a side below {_SMALLEST_SIDE} pixels"] = small
-        left_out["images without objects (config.filter_empty=False trains on them)"] = empty
-        self._left_out = {what: count for what, count in left_out.items() if count}
-        if not records:
+        labels = np.array([label.get(number, -1) for number in found.category.tolist()], np.int32)
+        there, other = take[found.image], labels < 0
+        objects = there & ~other & ~found.crowd
+        counts, masks = (
+            np.bincount(found.image[which], minlength=len(take)).astype(np.int32)
+            for which in (objects, objects & found.mask)
+        )
+        left_out = {"objects of other categories than config.class_names": there & other}
+        if training:
+            small = take & (sizes < _SMALLEST_SIDE).any(1)
+            empty = take & ~small & (counts == 0)
+            if not filter_empty:
+                empty[:] = False
+            left_out = {
+                "crowds, which are no objects to learn from": there & ~other & found.crowd,
+                **left_out,
+                f"images with a side below {_SMALLEST_SIDE} pixels": small,
+                "images without objects (config.filter_empty=False trains on them)": empty,
+            }
+            take = take & ~small & ~empty
+        self._left_out = {what: int(which.sum()) for what, which in left_out.items() if which.any()}
+        if not take.any():
             what = " with objects" if training and filter_empty else ""
             reasons = self.describe_problems()
             raise UserError(
                 f"{self.annotations} has no usable images{what} in {self.folder}"
                 + (f"; left out: {reasons}" if reasons else "")
             )
-        self._records = np.frombuffer(b"".join(records), np.uint8)
-        self._ends = np.cumsum([len(record) for record in records])
-        self._files, self.sizes = np.array(names), np.array(sizes, np.int32)
-        self.object_counts, self.mask_counts = np.array(counts, np.int32), np.array(masks, np.int32)
-        self.class_counts = np.array(classes, np.uint16)
-        self._labels = np.arange(len(label), dtype=np.int32)  # of the order of the ids
+        self.image_ids = [number for number, kept in zip(ids_of_all, take, strict=True) if kept]
+        self._files = np.array([os.fsencode(files[number]) for number in self.image_ids])
+        self.sizes, self.object_counts, self.mask_counts = sizes[take], counts[take], masks[take]
+        # Of the objects, image by image:
+        order = np.flatnonzero(objects & take[found.image])
+        order = order[np.argsort(found.image[order], kind="stable")]
+        self._labels, self._begins, self._ends = labels[order], found.begin[order], found.end[order]
+        self._last = np.cumsum(self.object_counts)  # of each image, the place behind it
+        self._stat = _version(instances.stat)
+
+    @property
+    def class_counts(self) -> np.ndarray:
+        """(images, classes) uint16 numbers of objects."""
+        counts = np.zeros((len(self), len(self.class_names)), np.uint16)
+        np.add.at(counts, (np.repeat(np.arange(len(self)), self.object_counts), self._labels), 1)
+        return counts
 
     def relabel(self, class_names: Sequence[str]) -> None:
         """Numbers the classes in another order, which may have classes that occur here nowhere.
@@ -160,9 +163,7 @@ class CocoSource:
         new = np.array([place[name] for name in self.class_names], np.int32)
         ids = self.category_ids.max() + 1 + np.arange(len(place))  # free ones
         ids[new] = self.category_ids
-        classes = np.zeros((len(self), len(place)), np.uint16)
-        classes[:, new] = self.class_counts
-        self.class_names, self.category_ids, self.class_counts = list(class_names), ids, classes
+        self.class_names, self.category_ids = list(class_names), ids
         self._labels = new[self._labels]
 
     def describe_problems(self) -> str:
@@ -174,8 +175,7 @@ class CocoSource:
 
     def ground_truth(self) -> dict[str, Any]:
         """The images of this source with all their good annotations, crowds too, as COCO's JSON."""
-        # Read again: kept, it would be copied to every worker.
-        instances, wanted = coco_json.read_instances(self.annotations), set(self.image_ids)
+        instances, wanted = Instances(self.annotations), set(self.image_ids)
         name = dict(zip(self.category_ids.tolist(), self.class_names, strict=True))
         images = [
             {"id": i.id, "file_name": i.file_name, "height": i.size[0], "width": i.size[1]}
@@ -184,7 +184,7 @@ class CocoSource:
         ]
         annotations = [
             {
-                "id": place + 1,  # pycocotools takes an annotation 0 for "no match"
+                "id": place,  # from 1 on: pycocotools takes an annotation 0 for "no match"
                 "image_id": a.image_id,
                 "category_id": a.category_id,
                 "bbox": list(a.bbox),
@@ -192,7 +192,7 @@ class CocoSource:
                 "iscrowd": int(a.crowd),
                 "segmentation": a.segmentation,
             }
-            for place, a in enumerate(instances.annotations)
+            for place, (a, _, _) in enumerate(instances.annotations(), 1)
             if a.image_id in wanted and a.category_id in name
         ]
         categories = [{"id": number, "name": name[number]} for number in sorted(name)]
@@ -213,22 +213,81 @@ class CocoSource:
         return files
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.image_ids)
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
-        first = self._ends[index - 1] if index else 0
-        objects = pickle.loads(self._records[first : self._ends[index]].tobytes())
         path = self.folder / os.fsdecode(bytes(self._files[index]))
+        height, width = map(int, self.sizes[index])
+        last = int(self._last[index])
+        objects = slice(last - int(self.object_counts[index]), last)
+        boxes, segmentations = [], []
+        for fields in self._read(self._begins[objects], self._ends[objects]):
+            x, y, w, h = map(float, coco_json.read_box(fields))
+            boxes.append((x, y, x + w, y + h))
+            mask, _ = coco_json.read_segmentation(fields.get("segmentation"), (height, width))
+            segmentations.append(mask)
         return {
             "image": path.read_bytes(),
             "name": f"image {self.image_ids[index]} ({path})",
             "index": index,
             "image_id": self.image_ids[index],
-            "size": tuple(map(int, self.sizes[index])),
-            "boxes": np.array([o[0] for o in objects], np.float32).reshape(-1, 4),
-            "labels": self._labels[np.array([o[1] for o in objects], np.int32)],
-            "segmentations": [o[2] for o in objects],
+            "size": (height, width),
+            "boxes": np.array(boxes, np.float32).reshape(-1, 4),
+            "labels": self._labels[objects],
+            "segmentations": segmentations,
         }
+
+    def _read(self, begins: np.ndarray, ends: np.ndarray) -> list[dict[str, Any]]:
+        """The annotations at these places of the file."""
+        if not len(begins):
+            return []
+        try:
+            with open(self.annotations, "rb") as file:
+                if _version(os.fstat(file.fileno())) != self._stat:
+                    raise UserError(
+                        f"{self.annotations} was changed after it was opened; start again"
+                    )
+                pieces = []
+                for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+                    file.seek(begin)
+                    pieces.append(file.read(end - begin))
+        except OSError as error:
+            raise UserError(
+                f"cannot read the annotations {self.annotations}: {error.strerror}"
+            ) from error
+        return [json.loads(piece) for piece in pieces]
+
+
+class _Annotations(NamedTuple):
+    """The good annotations of a file in its order, an array for each field.
+
+    Attributes:
+      image: place of its image.
+      category: id.
+      crowd, mask: whether it is a crowd, and has a mask.
+      begin, end: its places in the file, see `Instances.annotations`.
+    """
+
+    image: np.ndarray
+    category: np.ndarray
+    crowd: np.ndarray
+    mask: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+
+
+def _read_annotations(instances: Instances) -> _Annotations:
+    place = {number: i for i, number in enumerate(instances.images)}
+    numbers = array.array("q")
+    for a, begin, end in instances.annotations():
+        mask = a.segmentation is not None
+        numbers.extend((place[a.image_id], a.category_id, a.crowd, mask, begin, end))
+    fields = _Annotations(*np.array(numbers, np.int64).reshape(-1, 6).T)
+    return fields._replace(crowd=fields.crowd.astype(bool), mask=fields.mask.astype(bool))
+
+
+def _version(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
 
 
 # --- Layouts -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vssd_jax.models.detection.roi_align import bin_weights
+from vssd_jax.kernels.roi_align.sampling import bin_weights
 from vssd_jax.types import Array, Bool, Float, Int, UInt8
 
 
