@@ -1,6 +1,6 @@
 """Executes a notebook with Jupyter, and stores its outputs in it.
 
-    pip install nbclient ipykernel
+    pip install -e '.[train]' nbclient ipykernel
     python -m tests.notebook examples/tour.ipynb
 
 The tests run the same cells without Jupyter, see `run_plainly`.
@@ -53,7 +53,10 @@ def main(path):
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=900, record_timing=False, coalesce_streams=True)
+    where = {"metadata": {"path": str(pathlib.Path(path).parent)}}  # as Jupyter does
+    client = NotebookClient(
+        notebook, timeout=900, record_timing=False, coalesce_streams=True, resources=where
+    )
     client.execute()
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
