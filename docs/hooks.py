@@ -12,7 +12,11 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-COPIES = {"LICENSE": "LICENSE.txt", "CITATION.cff": "CITATION.cff.txt"}
+COPIES = {
+    "LICENSE": "LICENSE.txt",
+    "CITATION.cff": "CITATION.cff.txt",
+    "examples/tour.ipynb": "tour.ipynb",
+}
 
 
 def on_files(files: Files, config: Any) -> Files:

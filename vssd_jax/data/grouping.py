@@ -113,8 +113,8 @@ class ShuffledByShape:
         scale = np.minimum(1, shapes[:, None] / sizes).min(-1)
         pixels = (sizes.prod(-1) * scale**2).sum() / (shapes.prod(-1).sum() * self._batch_size)
         text = (
-            f"padded shapes of the training images: {len(np.unique(epoch.shapes))}, each compiles a "
-            f"program; padding is {1 - pixels:.1%} of the pixels"
+            f"padded shapes of the training images: {len(np.unique(epoch.shapes))}, each compiles "
+            f"a program; padding is {1 - pixels:.1%} of the pixels"
         )
         if shrunk := int(np.count_nonzero(scale < 1)):
             text += (
