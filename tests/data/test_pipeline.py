@@ -1,5 +1,6 @@
 """Grain's batches: shares of processes, workers, and what they leave behind."""
 
+import errno
 import gc
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 from absl import flags
 
 from tests.data.pictures import jpeg
+from vssd_jax.data import pipeline
 from vssd_jax.data.classification_transforms import EvalTransform, TrainTransform
 from vssd_jax.data.decode import DecodedSource
 from vssd_jax.data.image_folder import ImageFolder
@@ -187,3 +189,27 @@ def test_a_worker_that_is_ended_is_one_line(number, message):
     batches = train_batches(source, Ends(number), batch_size=4, seed=0, num_workers=1)
     with pytest.raises(UserError, match=message):
         next(batches)
+
+
+def test_no_room_to_start_a_worker_is_one_line():
+    """As where a semaphore finds no place in /dev/shm; other errors are left as they are."""
+
+    class Full:
+        def __init__(self, *error):
+            self.error = OSError(*error)
+
+        def to_iter_dataset(self, options):
+            return self
+
+        def mp_prefetch(self, options):
+            return self
+
+        def __iter__(self):
+            raise self.error
+
+    full = "No space left on device"
+    with pytest.raises(UserError, match=r"no worker process can start: .* /dev/shm"):
+        next(pipeline._iterate(Full(errno.ENOSPC, full), 1))
+    for error, workers in (((errno.ENOSPC, full), 0), ((errno.ENOSPC, full, "/a/file"), 1)):
+        with pytest.raises(OSError, match=full):
+            next(pipeline._iterate(Full(*error), workers))

@@ -5,6 +5,7 @@ random transforms, whatever the number of workers and processes, and also after 
 """
 
 import contextlib
+import errno
 import gc
 import re
 import shutil
@@ -24,9 +25,14 @@ def _iterate(dataset: grain.MapDataset, num_workers: int) -> Iterator[dict]:
     batches = dataset.to_iter_dataset(threads)
     if num_workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-    iterator = iter(batches)
+    iterator = None
     try:
+        iterator = iter(batches)
         yield from iterator
+    except OSError as error:
+        if num_workers and error.errno == errno.ENOSPC and error.filename is None:
+            raise UserError(f"no worker process can start: {_full_memory()}") from error
+        raise
     except Exception as error:
         ended = re.search(r"Worker process was terminated .* exit code (-?\d+)", str(error))
         if ended is None:
@@ -41,14 +47,7 @@ def _iterate(dataset: grain.MapDataset, num_workers: int) -> Iterator[dict]:
 def _describe_end(exit_code: int) -> str:
     """Why a worker ended, and what to do."""
     if exit_code == -signal.SIGBUS:
-        size = "has no room left"
-        with contextlib.suppress(OSError):
-            size = f"of {shutil.disk_usage('/dev/shm').total / 2**20:.0f} MiB has no room left"
-        return (
-            f"a worker process of the data pipeline was ended: the shared memory in /dev/shm {size}"
-            "; raise it (Docker: --shm-size=16g, Kubernetes: an emptyDir with medium Memory), or "
-            "take fewer config.num_workers (0 uses threads)"
-        )
+        return f"a worker process of the data pipeline was ended: {_full_memory()}"
     if exit_code == -signal.SIGKILL:
         return (
             "a worker process of the data pipeline was killed, probably for lack of memory; take "
@@ -60,6 +59,17 @@ def _describe_end(exit_code: int) -> str:
     return (
         f"a worker process of the data pipeline ended with {how}; its own messages are above, and "
         "config.num_workers=0 reads without workers"
+    )
+
+
+def _full_memory() -> str:
+    size = ""
+    with contextlib.suppress(OSError):
+        size = f"of {shutil.disk_usage('/dev/shm').total / 2**20:.0f} MiB "
+    return (
+        f"the shared memory in /dev/shm {size}has no room left; raise it (Docker: --shm-size=16g, "
+        "Kubernetes: an emptyDir with medium Memory), or take fewer config.num_workers (0 uses "
+        "threads)"
     )
 
 

@@ -155,10 +155,11 @@ class Run:
         speed = images / self.clock.lap()
         logged |= {"train/learning_rate": learning_rate, "train/images_per_second": speed}
         if nonfinite >= self._max_nonfinite:
+            saved = self.checkpoints.latest_step
+            good = "there is no" if saved is None else f"that of step {saved} is the last good"
             raise UserError(
                 f"the loss or gradient was not finite in the last {nonfinite} steps, at step "
-                f"{self._step} with learning rate {learning_rate:.3g}; the last good checkpoint is "
-                f"that of step {self.checkpoints.latest_step}"
+                f"{self._step} with learning rate {learning_rate:.3g}; {good} checkpoint"
             )
         self._writer.write(self._step, logged)
         self._progress.set_postfix_str(f"{speed:.0f} images/s, loss {logged['train/loss']:.3f}")
