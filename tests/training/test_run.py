@@ -121,7 +121,8 @@ def test_steps_that_are_not_finite_end_the_run(tmp_path):
             run.done(step, {"loss": float("nan")})
             if nonfinite < 3:
                 run.log(0.1, nonfinite)
-        with pytest.raises(UserError, match="last 3 steps, at step 3 with .* there is no checkpoint"):
+        message = r"not finite in the last 3 steps, at step 3 with .*; there is no checkpoint"
+        with pytest.raises(UserError, match=message):
             run.log(0.1, 3)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
