@@ -20,6 +20,7 @@ the state as it is where that is not finite.
 
 import contextlib
 import importlib.util
+import math
 import statistics
 import warnings
 
@@ -34,6 +35,7 @@ from vssd_jax.models import family, torch_names
 from vssd_jax.models.detection.masks import PackedMasks, unpack_mask
 
 NAMES = {"segmentation": "upernet_vssd_", "detection": "mask_rcnn_vssd_"}
+CLASSES = {task: sizes[2] for task, sizes in real_step.SIZES.items()}
 PIXELS = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
 
 
@@ -55,16 +57,22 @@ def config_of(options):
 
 
 def ours(options):
-    """A call of one training step, its config, the weights by PyTorch's names, and the batch."""
-    config = config_of(options)
-    trainer, batch = real_step.training(config)
+    """A call of `depth` training steps, and of what they begin with.
+
+    Returns:
+      The call, the batch, the weights by PyTorch's names, the number of trainable parameters, and
+      the first loss.
+    """
+    trainer, batch = real_step.training(config_of(options))
     state, key = trainer.fresh_state(), jax.random.key(0)
     arrays = {name: np.array(x) for name, x in (state.params | state.batch_stats).items()}
     weights = torch_names.to_torch(family.find(options.name)[0].torch_table, arrays)
     placed = next(trainer.device_batches(iter([batch])))
     step = trainer.program(state, placed)
+    size = sum(value.size for value in state.params.values())
+    state, metrics = step(state, placed, key)
     call = common.pipelined(lambda state: step(state, placed, key)[0], state, depth=options.depth)
-    return call, config, weights, batch, sum(value.size for value in state.params.values())
+    return call, batch, weights, size, float(metrics["loss"])
 
 
 def backbone(options, registry):
@@ -82,7 +90,7 @@ def backbone(options, registry):
     return entry, [embed_dim * 2**stage for stage in range(4)]
 
 
-def segmentor(options, config, batch):
+def segmentor(options, batch):
     """mmsegmentation's model, and the batch as it takes it."""
     from mmengine.structures import PixelData
     from mmseg.models import EncoderDecoder, SegDataPreProcessor
@@ -92,7 +100,7 @@ def segmentor(options, config, batch):
     entry, maps = backbone(options, MODELS)
     widths = (32, 16) if options.model == "nano" else (512, 256)
     head = {
-        "num_classes": config.num_classes,
+        "num_classes": CLASSES["segmentation"],
         "dropout_ratio": 0.1,
         "norm_cfg": {"type": "BN"},
         "align_corners": False,
@@ -136,7 +144,7 @@ def segmentor(options, config, batch):
     return model, {"inputs": [*map(pixels, batch["image"])], "data_samples": samples}
 
 
-def detector(options, config, batch):
+def detector(options, batch):
     """mmdet's model, and the batch as it takes it."""
     from mmdet.models import DetDataPreprocessor, MaskRCNN
     from mmdet.registry import MODELS
@@ -146,7 +154,7 @@ def detector(options, config, batch):
     from mmengine.structures import InstanceData
 
     sizes = family.make_config(options.name)
-    channels, classes = sizes.fpn_channels, config.num_classes
+    channels, classes = sizes.fpn_channels, CLASSES["detection"]
     entry, maps = backbone(options, MODELS)
 
     def coder(*stds):
@@ -256,7 +264,7 @@ def pixels(image):
 
 
 def theirs(options, model, data, weights, device):
-    """A call of one training step of a model of OpenMMLab, from `weights`."""
+    """A call of `depth` training steps of a model of OpenMMLab from `weights`; the first loss."""
     tensors = {name: torch.from_numpy(np.array(value)) for name, value in weights.items()}
     counters = {name: x for name, x in model.state_dict().items() if name.endswith("_tracked")}
     model.load_state_dict(tensors | counters)
@@ -265,19 +273,23 @@ def theirs(options, model, data, weights, device):
     dtype = getattr(torch, options.dtype)
     mixed = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
 
+    def step():
+        inputs = model.data_preprocessor(data, True)
+        with mixed:
+            losses = model(**inputs, mode="loss")
+        total, _ = model.parse_losses(losses)
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        optimizer.step()
+        return total
+
     def call():
         for _ in range(options.depth):
-            inputs = model.data_preprocessor(data, True)
-            with mixed:
-                losses = model(**inputs, mode="loss")
-            total, _ = model.parse_losses(losses)
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            optimizer.step()
+            step()
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return call
+    return call, step().item()
 
 
 def available(task):
@@ -312,13 +324,16 @@ def main():
     other, operations = available(options.task)
     if operations:
         print(f"{other} with the RoIAlign and NMS of {operations}")
-    our_call, config, weights, batch, size = ours(options)
+    our_call, batch, weights, size, our_loss = ours(options)
     make = {"segmentation": segmentor, "detection": detector}[options.task]
-    model, data = make(options, config, batch)
+    model, data = make(options, batch)
     their_size = sum(x.numel() for x in model.parameters() if x.requires_grad)
     if size != their_size:
         raise AssertionError(f"{size} parameters here, {their_size} in {other}")
-    their_call = theirs(options, model, data, weights, "cuda" if gpu else "cpu")
+    their_call, their_loss = theirs(options, model, data, weights, "cuda" if gpu else "cpu")
+    # Up to the random choice of what counts: features that drop out, regions of the background.
+    if not math.isclose(our_loss, their_loss, rel_tol=0.03):
+        raise AssertionError(f"the first loss is {our_loss} here, {their_loss} in {other}")
     calls = {"vssd_jax": our_call, other: their_call}
     times = common.measure(calls, rounds=options.rounds, seconds=options.seconds)
     rows = []
@@ -334,6 +349,7 @@ def main():
         parameters=size,
         image_shape=batch["image"].shape[1:3],
         operations=operations,
+        first_losses=[our_loss, their_loss],
         torch=torch.__version__,
         torch_threads=torch.get_num_threads(),
     )
