@@ -15,7 +15,9 @@ What differs in detection: shapes are fixed here, so that boxes are compared wit
 objects, of which six are there, and the mask head takes a quarter of the sampled regions of each
 picture, positive or not; mmdet compares with six, and its mask head takes the positive ones alone.
 Here masks come as bits, there as bytes. A step here also takes the norm of the gradient and leaves
-the state as it is where that is not finite.
+the state as it is where that is not finite. Our batch lies on the device already; theirs goes
+there within the step. Many threads of PyTorch wait for each other: on a busy CPU its figures fall
+far more than ours, and only those of an idle one mean anything.
 """
 
 import contextlib
@@ -269,7 +271,8 @@ def theirs(options, model, data, weights, device):
     counters = {name: x for name, x in model.state_dict().items() if name.endswith("_tracked")}
     model.load_state_dict(tensors | counters)
     model = model.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, weight_decay=0.01)
+    # As in our warmup's first steps: what is proposed should not change while it is measured.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7, weight_decay=0.05)
     dtype = getattr(torch, options.dtype)
     mixed = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
 
