@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from configs import digits, digits_detection, digits_segmentation
@@ -130,6 +130,7 @@ LARGE = ("num_workers", "image_size", "long_side", "short_side", "short_sides", 
 
 
 @pytest.mark.parametrize("task", TASKS)
+@settings(max_examples=settings.default.max_examples // 2)  # each reads pictures
 @given(data=st.data())
 def test_whatever_comes_in_works_or_is_one_line(few, task, data):
     """Everything up to the compilation."""

@@ -16,12 +16,12 @@ from PIL import Image
 
 from vssd_jax.data.decode import UnreadableImage
 from vssd_jax.data.heat_maps import Tile, draw_heat_maps
-from vssd_jax.data.normalization import normalize
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError, did_you_mean
 from vssd_jax.inference import pictures
 from vssd_jax.inference.predict_files import find_pictures, output_stems
 from vssd_jax.inference.predictor import Picture, Predictor, load_predictor, reason
+from vssd_jax.tasks.pixels import normalized
 
 KINDS = ("token_weights", "receptive_field", "grad_cam", "attention", "features")
 _FIELD_DECADES = 4  # of a receptive field that are drawn
@@ -48,12 +48,11 @@ class Seen(NamedTuple):
 def seen_by(predictor: Predictor, picture: Picture) -> Seen:
     """What the predictor gives its model; raises UnreadableImage or OSError as `prepare` does."""
     row, fields = predictor.prepare(picture), predictor.preprocessing
-    image, mean, std = row["image"], fields["mean"], fields["std"]
-    if image.dtype == np.uint8:
-        return Seen(image, normalize(image, mean, std)[None])
+    image = row["image"]
     height, width = row.get("image_shape", image.shape[:2])
-    pixels = 255 * (image[:height, :width] * np.array(std) + np.array(mean))
-    return Seen(np.round(pixels).clip(0, 255).astype(np.uint8), image[None])
+    shapes = jnp.array([(height, width)], jnp.int32)
+    images = normalized(jnp.asarray(image[None]), shapes, mean=fields["mean"], std=fields["std"])
+    return Seen(image[:height, :width], np.asarray(images))
 
 
 def look(
