@@ -5,8 +5,12 @@
 For both schedules of configs/mask_rcnn.py, three ways to make batches: the config's padded shapes;
 one landscape and one portrait shape; and, as mmdet does, batches of one orientation of which each
 two images, those of a GPU, are padded to the larger (to multiples of 32: hundreds of shapes, no
-matter where nothing is compiled). Without annotations the sizes are drawn from a table of COCO's
-most frequent ones, from memory and rounded: for the exact share give the file.
+matter where nothing is compiled). In 3x a quarter is padding: short sides from 480 to 800 and crops
+of any proportions fill a range of sizes that no six shapes fit well (a search found none below
+24 %).
+
+Without annotations the sizes are drawn from a table of COCO's most frequent ones, from memory and
+rounded: for the exact share give the file.
 """
 
 import argparse
