@@ -9,6 +9,7 @@ bodies are comparisons, some thousandths of the whole. XLA sees no flops of a Pa
 of RoIAlign on a GPU are by formula.
 """
 
+import argparse
 import json
 
 import jax
@@ -87,4 +88,5 @@ def figures() -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     print(json.dumps(figures(), indent=2))
