@@ -31,7 +31,7 @@ if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11
     AS_USERS["xla_cpu_use_fusion_emitters"] = True  # options of a program
 
 # The same examples at every run, and no folder for them; more by --hypothesis-profile=thorough.
-for profile, examples in (("thorough", 600), ("everyday", 100)):
+for profile, examples in (("thorough", 600), ("everyday", 60)):
     hypothesis.settings.register_profile(
         profile, deadline=None, database=None, derandomize=True, max_examples=examples
     )

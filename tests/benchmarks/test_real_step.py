@@ -41,6 +41,7 @@ for name, fields in (
 """
 
 
+@pytest.mark.slow
 def test_packages_of_training_may_be_missing():
     run = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True)
     names = [line for line in run.stdout.splitlines() if " " not in line]

@@ -66,11 +66,11 @@ def evaluate(config, workdir, data_dir, lines):
 @pytest.mark.parametrize(
     ("config", "metric"),
     [
-        ("toy_backbone.py:classification", "val/top1"),
+        pytest.param("toy_backbone.py:classification", "val/top1", marks=pytest.mark.slow),
         pytest.param("toy_backbone.py:detection", "val/box_map", marks=pytest.mark.slow),
         pytest.param("toy_backbone.py:segmentation", "val/miou", marks=pytest.mark.slow),
         ("toy_dataset.py", "val/top5"),
-        ("toy_head.py", "val/miou"),
+        pytest.param("toy_head.py", "val/miou", marks=pytest.mark.slow),
     ],
 )
 def test_a_stranger_trains_and_is_evaluated(config, metric, tmp_path, data_dir):

@@ -140,6 +140,7 @@ def test_a_detector_is_shown_without_its_padding(root, tmp_path, capsys):
         look(root / "detector", str(root / "photos/a.png"), tmp_path, what=["grad_cam"], box=9)
 
 
+@pytest.mark.slow
 def test_a_segmentor_and_pictures_of_two_sizes(root, tmp_path, capsys):
     look(root / "segmentor", str(root / "photos"), tmp_path, what=["grad_cam", "receptive_field"])
     said = capsys.readouterr().out

@@ -401,6 +401,7 @@ def plain_grad_cam(features, gradient):
     return np.maximum((features * gradient / features[..., 0].size).sum(-1), 0)
 
 
+@pytest.mark.slow
 def test_grad_cam_of_a_segmentor_against_differences(x64):
     model = family.build(
         "upernet_vssd_nano", num_classes=4, dtype=jnp.float64, rngs=nnx.Rngs(0), channels=8,
@@ -427,6 +428,7 @@ def test_grad_cam_of_a_segmentor_against_differences(x64):
         pictures.grad_cam(model, x, 3)
 
 
+@pytest.mark.slow
 def test_grad_cam_of_a_detector_against_differences(x64):
     model = family.build(
         "mask_rcnn_vssd_nano", num_classes=3, dtype=jnp.float64, rngs=nnx.Rngs(0),

@@ -313,6 +313,13 @@ def test_pictures_that_cannot_be_read_do_not_count(weights, tmp_path, capfd):
     results = evaluate_weights(config, weights, save_predictions=tmp_path / "found")
     assert results == {**whole, "val/unreadable": 2 / 6}
     assert len(list((tmp_path / "found/labels").iterdir())) == 4
+
+
+@pytest.mark.slow
+def test_too_many_pictures_that_cannot_be_read_end_an_evaluation(weights, tmp_path):
+    write_pairs(tmp_path, "validation", [(40, 56)] * 3)
+    (tmp_path / "images/validation/0.jpg").write_bytes(b"")
+    config = small_config(tmp_path)
     config.max_unreadable = 0.1
     with pytest.raises(UserError, match=r"33.3% of the pictures for evaluation"):
         evaluate_weights(config, weights)
