@@ -160,6 +160,8 @@ def test_evaluation_pads_to_a_shape_or_to_32(tmp_path):
     of_a_portrait = eval_transform({**element, "like": (30, 20)})
     assert of_a_portrait["image"].shape == (1344, 800, 3)
     np.testing.assert_array_equal(of_a_portrait["image_shape"], [600, 800])
+    stands_in = eval_transform({**element, "like": (30, 20)}, shapes=None)
+    assert stands_in["image"].shape == (1216, 800, 3)
     options = {"short_side": 800, "long_side": 1333}
     shapes = ((1344, 800), (800, 1344), (800, 1088))
     for size, expected in (

@@ -76,3 +76,14 @@ def test_a_mark_is_drawn_on_the_picture_and_its_maps():
     np.testing.assert_array_equal(red[18:82, 12:76], frame)
     np.testing.assert_array_equal(red[12:76, 94:158], frame)
     assert red.sum() == 2 * frame.sum()
+
+
+def test_a_map_of_one_value_and_cells_that_are_not_finite():
+    tile = part(draw_heat_maps(None, [Tile(np.ones((2, 2)), cell=29)], tile=64), 0)
+    assert (tile[5, 5] == viridis(0.5)).all()
+    broken = np.array([[0.0, np.nan], [np.inf, 1.0]])
+    tile = part(draw_heat_maps(None, [Tile(broken, cell=29)], tile=64), 0)
+    assert (tile[15, 15] == viridis(0.0)).all()
+    assert (tile[44, 44] == viridis(1.0)).all()
+    assert (tile[15, 44] == 128).all()
+    assert (tile[44, 15] == 128).all()

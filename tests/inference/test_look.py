@@ -159,7 +159,8 @@ def test_a_segmentor_and_pictures_of_two_sizes(root, tmp_path, capsys):
         ("classifier", {"stage": 5}, "stage=5 must be from 1 to 4"),
         ("classifier", {"stage": 0}, "stage=0 must be from 1 to 4"),
         ("classifier", {"label": "dog"}, "there is no class 'dog'"),
-        ("classifier", {"label": "3"}, "there is no class '3'"),
+        ("classifier", {"label": "3"}, "there is no class 3: numbers go from 0 to 2"),
+        ("classifier", {"compare": "nowhere"}, "nowhere"),
         ("classifier", {"box": 1}, "box=1 is for detectors"),
         ("classifier", {"token": (64, 3)}, "token 64,3 is outside of a.png, of which the model"),
         ("classifier", {"token": (1, 1), "what": ["features"]}, "token is for attention"),
@@ -184,6 +185,7 @@ def test_pictures_and_outputs_that_cannot_be_used(root, tmp_path):
         (tmp_path / "broken.png", tmp_path / "out", "broken.png cannot be read"),
         (tmp_path / "none.png", tmp_path / "out", "there is no file or folder"),
         (root / "photos/a.png", tmp_path / "file/out", "cannot be written"),
+        (root / "photos", root / "photos", "is the folder of the pictures"),
     ):
         with pytest.raises(UserError, match=message.replace(".", r"\.")):
             look(root / "classifier", str(source), output, what=["features"])

@@ -198,6 +198,7 @@ def test_inputs_are_files_folders_and_patterns(tmp_path):
     assert find_pictures(str(tmp_path / "a/1.jpg"), out) == (tmp_path / "a", ["1.jpg"])
     assert find_pictures(f"{tmp_path}/*/[14].jpg", out) == (tmp_path, ["a/1.jpg", "c/4.jpg"])
     assert find_pictures(f"{tmp_path}/**/*.jpg", out)[1] == ["a/1.jpg", "c/4.jpg"]
+    assert find_pictures(f"{tmp_path}/**/*.jpg", tmp_path / "c")[1] == ["a/1.jpg"]
     for wrong in ("nowhere", "*.gif", "out/empty"):
         (tmp_path / "out/empty").mkdir(parents=True, exist_ok=True)
         with pytest.raises(UserError, match=r"there is no file or folder|has no pictures"):

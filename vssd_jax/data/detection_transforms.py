@@ -113,7 +113,8 @@ def eval_transform(
     shape = input_shape(
         element.get("like", original), short_side=short_side, long_side=long_side, shapes=shapes
     )
-    size = fitted_size(original, short_side, long_side, limit=None if shapes is None else shape)
+    # What stands in for an unreadable picture may be of another shape.
+    size = fitted_size(original, short_side, long_side, limit=shape)
     return {
         "image": _padded(_resize(image, size), shape),
         "image_shape": np.array(size, np.int32),

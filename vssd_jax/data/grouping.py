@@ -116,11 +116,17 @@ class ShuffledByShape:
             f"padded shapes of the training images: {len(np.unique(epoch.shapes))}, each compiles "
             f"a program; padding is {1 - pixels:.1%} of the pixels"
         )
-        if shrunk := int(np.count_nonzero(scale < 1)):
-            text += (
-                f"; {shrunk} of {scale.size} images of the first epoch do not fit "
-                f"config.padded_shapes and are scaled down, to {scale.min():.2f} at worst"
-            )
+        alone = common_shapes(sizes[:, :, None], self.shapes)
+        unheld = (sizes > np.array(self.shapes)[alone]).any(-1)
+        for shrunk, why in (
+            (unheld, "no shape of config.padded_shapes holds them"),
+            ((scale < 1) & ~unheld, "they fill the batch of another shape"),
+        ):
+            if shrunk.any():
+                text += (
+                    f"; {np.count_nonzero(shrunk)} of the {scale.size} images of the first epoch "
+                    f"are scaled down, to {scale[shrunk].min():.2f} at worst: {why}"
+                )
         return text
 
     def epoch(self, number: int) -> "Epoch":

@@ -15,6 +15,7 @@ _ANCHORS = (
 )
 _OVER = 0.7  # of the colour in a map over a picture
 _GREY = 224
+_NOT_FINITE = (128, 128, 128)
 _MARK = (255, 0, 0)
 
 
@@ -101,7 +102,14 @@ def _colors(tile: Tile) -> tuple[np.ndarray, str | None]:
     else:
         values, scale = values - low, high - low
         text = f"{low:.3g} to {high:.3g}"
-    return viridis(values / scale if scale > 0 else np.zeros_like(values)), text
+    if scale > 0:
+        colors = viridis(values / scale)
+    else:  # the least colour would say that there is nothing
+        colors, text = viridis(np.full_like(values, 0.5)), f"{low:.3g} everywhere"
+    if missing := int(values.size - len(finite)):
+        colors[~np.isfinite(values)] = _NOT_FINITE
+        text += f", {missing} not finite"
+    return colors, text
 
 
 def _laid_over(image: np.ndarray, colors: np.ndarray, opacity: float) -> np.ndarray:

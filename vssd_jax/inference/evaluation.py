@@ -131,6 +131,8 @@ def _check_writable(path: str | os.PathLike) -> None:
     path = pathlib.Path(path)
     if path.is_dir():
         raise UserError(f"--report {path} is a folder; give a file in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--report {path} is no ordinary file; give another name")
     if not path.parent.is_dir():
         raise UserError(f"--report {path}: there is no folder {path.parent}")
     try:

@@ -102,6 +102,8 @@ def look(
         raise UserError(f"limit={limit} must be at least 1")
     folder = pathlib.Path(output)
     base, names = find_pictures(source, folder)
+    if not pathlib.Path(source).is_file() and folder.resolve() == base.resolve():
+        raise UserError(f"{folder} is the folder of the pictures; give another one for the output")
     options: dict[str, Any] = {"dtype": dtype, "implementation": implementation}
     predictor = load_predictor(weights, **options)
     model = predictor.module()
@@ -117,6 +119,10 @@ def look(
         if value is not None and kind not in kinds:
             raise UserError(f"{option} is for {kind}, which is not among {', '.join(kinds)}")
     stems = output_stems(names)
+    other = None
+    if compare is not None:
+        other = load_predictor(compare, **options)
+        _stage(other.module(), stage)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if len(names) > limit:
@@ -140,9 +146,8 @@ def look(
             raise UserError(nothing[0])
         if "receptive_field" in kinds:
             fields = [(os.fspath(weights), model, list(seen.values()))]
-            if compare is not None:
-                other = load_predictor(compare, **options)
-                again = [seen_by(other, base / name) for name in seen]
+            if other is not None and compare is not None:
+                again = list(_read(other, base, list(seen)).values())
                 fields.append((os.fspath(compare), other.module(), again))
             written += _write(folder, "all pictures", {"receptive_field": _fields(fields, stage)})
     say(f"{len(written)} files -> {folder}")
@@ -227,6 +232,8 @@ def _target(predictor: Predictor, label: str | None, box: int | None) -> int | N
         return names.index(label)
     if label.isdecimal() and int(label) < len(names):
         return int(label)
+    if label.isdecimal():
+        raise UserError(f"there is no class {label}: numbers go from 0 to {len(names) - 1}")
     raise UserError(f"there is no class {label!r}{_nearest(label, names)}")
 
 
@@ -465,8 +472,9 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _write(folder: pathlib.Path, name: str, found: dict[str, Drawing]) -> list[pathlib.Path]:
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
+    if found:
+        folder.mkdir(parents=True, exist_ok=True)
     for kind, drawing in found.items():
         for end, picture in drawing.pictures.items():
             path = folder / f"{kind}{'_' if end else ''}{end}.png"

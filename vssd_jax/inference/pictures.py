@@ -133,7 +133,10 @@ def receptive_field(
     Returns:
       (H, W) float32.
     """
-    return _run(_receptive_field, model, _array(images), stage=stage)
+    images = _array(images)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(f"images must be floating point and normalised, not {images.dtype}")
+    return _run(_receptive_field, model, images, stage=stage)
 
 
 def _receptive_field(model: nnx.Module, images: jax.Array, *, stage: int) -> jax.Array:

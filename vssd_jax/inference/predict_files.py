@@ -121,7 +121,9 @@ def find_pictures(source: str, output: pathlib.Path) -> tuple[pathlib.Path, list
         parts = pathlib.PurePath(source).parts
         plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
         base = pathlib.Path(*parts[:plain])
-        found = (pathlib.Path(name) for name in glob.iglob(source, recursive=True))
+        below = output.resolve()
+        matches = map(pathlib.Path, glob.iglob(source, recursive=True))
+        found = (file for file in matches if below not in file.resolve().parents)
     else:
         raise UserError(f"there is no file or folder {source}")
     names = []

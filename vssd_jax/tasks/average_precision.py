@@ -60,6 +60,13 @@ class Scores(NamedTuple):
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def evaluate(
     dataset: dict[str, Any],
     results: list[dict[str, Any]],
@@ -88,7 +95,7 @@ def evaluate(
     kinds = tuple(kind for kind in KINDS if masks or kind == "box")
     categories = _categories(dataset, results, without)
     if processes is None:
-        processes = 1 if len(results) < _FEW else min(os.cpu_count() or 1, _MOST_PROCESSES)
+        processes = 1 if len(results) < _FEW else min(_cores(), _MOST_PROCESSES)
     places = {number: k for k, number in enumerate(sorted(c["id"] for c in dataset["categories"]))}
     evaluations = {kind: COCOeval(iouType=KINDS[kind]) for kind in kinds}
     for evaluation in evaluations.values():

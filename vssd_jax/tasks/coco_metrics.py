@@ -9,6 +9,7 @@ import urllib.parse
 from collections.abc import Container
 from typing import Any
 
+import jax
 import numpy as np
 
 from vssd_jax.data.coco_masks import rasterise
@@ -124,7 +125,13 @@ def evaluate(
     if not results:
         return {kind: dict.fromkeys(NUMBERS, 0.0) for kind in kinds}
     scores = average_precision.evaluate(
-        source.ground_truth(), results, without=without, masks=masks, progress=is_main()
+        source.ground_truth(),
+        results,
+        without=without,
+        masks=masks,
+        progress=is_main(),
+        # Several processes of a run do the same here, and may share a machine's cores.
+        processes=None if jax.process_count() == 1 else 1,
     )
     if by_class is not None:
         by_class |= {kind: class_ap(score.precision) for kind, score in scores.items()}

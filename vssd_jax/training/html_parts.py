@@ -148,11 +148,11 @@ def _matrix_picture(part: Confusion, shares: np.ndarray, room: Room) -> str:
     rows, columns = part.cells[:, 0], part.cells[:, 1]
     # Few of many are to be seen too.
     strength = 1 + (np.sqrt(shares) * 126).astype(np.uint8)
-    pixels = np.zeros((side, side), np.uint8)
-    for right in (False, True):
-        chosen = (rows == columns) == right
-        place = rows[chosen] * side // size, columns[chosen] * side // size
-        np.maximum.at(pixels, place, strength[chosen] + np.uint8(0 if right else 128))
+    most = np.zeros((2, side, side), np.uint8)  # wrong and right, of the cells that a pixel shows
+    place = rows * side // size, columns * side // size
+    np.maximum.at(most, ((rows == columns).astype(int), *place), strength)
+    wrong, right = most
+    pixels = np.where((wrong > right), wrong + np.uint8(128), right)
     # The page shines through, be it light or dark.
     picture = Image.fromarray(pixels)
     picture.putpalette([*_RIGHT] * 128 + [*_WRONG] * 128)

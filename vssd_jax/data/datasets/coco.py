@@ -176,6 +176,7 @@ class CocoSource:
     def ground_truth(self) -> dict[str, Any]:
         """The images of this source with all their good annotations, crowds too, as COCO's JSON."""
         instances, wanted = Instances(self.annotations), set(self.image_ids)
+        self._check_version(instances.stat)
         name = dict(zip(self.category_ids.tolist(), self.class_names, strict=True))
         images = [
             {"id": i.id, "file_name": i.file_name, "height": i.size[0], "width": i.size[1]}
@@ -237,16 +238,17 @@ class CocoSource:
             "segmentations": segmentations,
         }
 
+    def _check_version(self, stat: os.stat_result) -> None:
+        if _version(stat) != self._stat:
+            raise UserError(f"{self.annotations} was changed after it was opened; start again")
+
     def _read(self, begins: np.ndarray, ends: np.ndarray) -> list[dict[str, Any]]:
         """The annotations at these places of the file."""
         if not len(begins):
             return []
         try:
             with open(self.annotations, "rb") as file:
-                if _version(os.fstat(file.fileno())) != self._stat:
-                    raise UserError(
-                        f"{self.annotations} was changed after it was opened; start again"
-                    )
+                self._check_version(os.fstat(file.fileno()))
                 pieces = []
                 for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
                     file.seek(begin)
