@@ -19,7 +19,7 @@ there, the heads compute in bfloat16; --config.dtype=float32 makes everything fl
 Hours on 8 GPUs: not measured. 8 H200 would need 0.3 to 0.4 by arithmetic: the backbone at 70 % of
 the memory roofline of ImageNet training, by pixels, and the decoder's multiply-adds at 40 % of 990
 TFLOP/s; two crops a GPU will keep it less busy than that. The 12 workers prepare 2.56 million crops
-in as long, at 177 images/s each (benchmarks/segmentation_pipeline.py, 683x512 JPEGs).
+in as long, at 185 images/s each (benchmarks/segmentation_pipeline.py, 683x512 JPEGs).
 """
 
 from vssd_jax.config import segmentation_config
