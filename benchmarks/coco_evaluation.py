@@ -7,10 +7,8 @@ moved a little, some have another class, and most are where nothing is, with low
 """
 
 import argparse
-import json
 import os
 import pathlib
-import platform
 import sys
 import time
 from typing import Any
@@ -132,12 +130,10 @@ def main() -> None:
         "seconds": time.perf_counter() - start,
         "seconds of all cores": _used() - used,
         "cores": os.cpu_count(),
-        "scores": scores,
     }
-    print(", ".join(f"{name} {value}" for name, value in row.items()))
-    if options.json:
-        row |= {"cpu": platform.processor(), "date": time.strftime("%Y-%m-%d")}
-        options.json.write_text(json.dumps(row, indent=2) + "\n")
+    from benchmarks import common  # not at the top: each process of the evaluation reads this file
+
+    common.report(options, [row], scores=scores)
 
 
 if __name__ == "__main__":

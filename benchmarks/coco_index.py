@@ -10,11 +10,9 @@ that only the index is measured, and elements without their pixels.
 import argparse
 import json
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
-import time
 
 import numpy as np
 
@@ -149,10 +147,9 @@ def main() -> None:
             counts = {"images": IMAGES, "annotations": ANNOTATIONS, "crowds": CROWDS}
             write(folder, **{name: count // less for name, count in counts.items()})
         row = measure(path)
-    print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    if options.json:
-        row |= {"cpu": platform.processor(), "date": time.strftime("%Y-%m-%d")}
-        options.json.write_text(json.dumps(row, indent=2) + "\n")
+    from benchmarks import common  # not before: a process starts with its parent's peak of memory
+
+    common.report(options, [row])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import json
 import pathlib
 
 import cv2
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
@@ -33,6 +34,7 @@ from vssd_jax.data.detection_transforms import train_transform
 from vssd_jax.data.geometry import draw_geometry
 from vssd_jax.data.grouping import ShuffledByShape
 from vssd_jax.data.normalization import normalize
+from vssd_jax.models.detection.masks import PackedMasks, unpack_mask
 
 MEAN_OBJECTS, MAX_OBJECTS = 7, 100
 
@@ -103,14 +105,9 @@ def check_element(result: dict, other: dict) -> None:
     shape = result["image"].shape[:2]
     if result["valid"].sum() < len(other["masks"]):
         return  # some objects were cut away
+    masks = PackedMasks(*(jnp.asarray(result[n]) for n in ("masks", "mask_starts", "mask_boxes")))
     for i, mask in enumerate(other["masks"]):
-        x1, y1, x2, y2 = result["mask_boxes"][i]
-        row = -(-(x2 - x1) // 8)
-        start = result["mask_starts"][i]
-        bits = result["masks"][start : start + row * (y2 - y1)].reshape(y2 - y1, row)
-        whole = np.zeros(shape, np.uint8)
-        whole[y1:y2, x1:x2] = np.unpackbits(bits, axis=-1)[:, : x2 - x1]
-        np.testing.assert_array_equal(whole, mask)
+        np.testing.assert_array_equal(unpack_mask(masks, jnp.int32(i), shape), mask)
 
 
 def pipelines(root: pathlib.Path) -> dict:

@@ -241,7 +241,10 @@ def compare(
             for workers in sorted({1, arguments.workers})
         }
     keys = {name: "ratio_to_" + "_".join(name.replace(",", "").split()) for name in baselines}
+    from benchmarks import common  # not at the top: each worker reads this file
+
     report = {
+        "machine": common.machine(),
         **about,
         "images_per_second_per_core": {
             name: count / statistics.median(t) for name, t in times.items()

@@ -59,14 +59,10 @@ def of_a_config(config, shapes, sizes: np.ndarray) -> dict[str, float]:
         sizes, sizes, config.batch_size, seed=0, steps=1, draw=draw, shapes=shapes
     )
     epoch = source.epoch(0)
-    given = np.array(source.shapes)[epoch.shapes]
-    images = epoch.geometry.size.reshape(len(given), -1, 2)
-    scale = np.minimum(1, given[:, None] / images).min(-1)
-    used = (images.prod(-1) * scale**2).sum()
     return {
-        "shapes": len(np.unique(epoch.shapes)),
-        "padding": 1 - used / (given.prod(-1).sum() * config.batch_size),
-        "scaled_down": float((scale < 1).mean()),
+        "shapes": len(np.unique(epoch.shapes, axis=0)),
+        "padding": epoch.padding(),
+        "scaled_down": float((epoch.scale() < 1).mean()),
     }
 
 

@@ -29,7 +29,7 @@ are of like size, while theirs are of one orientation, each two of a GPU padded 
 Hours on 8 GPUs: not measured. 1x is 88,000 steps of 16 images. By arithmetic the multiply-adds of
 tiny take 0.4 hours on 8 H200 (at the speed that configs/tiny.py assumes), and with two images on a
 GPU much of it waits: 2 to 4 hours are likely, three times that for 3x. The 12 worker processes
-could prepare more than 1,000 images/s (benchmarks/detection_pipeline.py: 150 to 200 on a core).
+could prepare more than 1,000 images/s (benchmarks/detection_pipeline.py: 190 on a core, 225 in 3x).
 """
 
 from vssd_jax.config import detection_config

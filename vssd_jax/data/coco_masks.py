@@ -88,9 +88,7 @@ def pack(parts: Sequence[Part | None], size: int, objects: int) -> dict[str, np.
     }
 
 
-def part_of(
-    mask: np.ndarray, rows: np.ndarray, columns: np.ndarray
-) -> Part:
+def part_of(mask: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> Part:
     """A part for `pack` of a mask after its pixels went to other places.
 
     Args:

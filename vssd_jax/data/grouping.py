@@ -101,22 +101,19 @@ class ShuffledByShape:
     def __getitem__(self, index: Any) -> dict[str, Any]:
         number, place = divmod(int(index), self._per_epoch)
         epoch = self.epoch(number)
-        shape = self.shapes[epoch.shapes[place // self._batch_size]]
+        shape = _size(epoch.shapes[place // self._batch_size])
         element = self.source[int(epoch.samples[place])]
         return {**element, "geometry": epoch.geometry.row(place), "shape": shape}
 
     def describe(self) -> str:
         """How many shapes the first epoch has, its padding, and what no shape holds."""
         epoch = self.epoch(0)
-        shapes = np.array(self.shapes)[epoch.shapes]
-        sizes = epoch.geometry.size.reshape(*shapes.shape[:1], -1, 2)
-        scale = np.minimum(1, shapes[:, None] / sizes).min(-1)
-        pixels = (sizes.prod(-1) * scale**2).sum() / (shapes.prod(-1).sum() * self._batch_size)
+        sizes, scale = epoch.geometry.size, epoch.scale()
         text = (
-            f"padded shapes of the training images: {len(np.unique(epoch.shapes))}, each compiles "
-            f"a program; padding is {1 - pixels:.1%} of the pixels"
+            f"padded shapes of the training images: {len(np.unique(epoch.shapes, axis=0))}, each "
+            f"compiles a program; padding is {epoch.padding():.1%} of the pixels"
         )
-        alone = common_shapes(sizes[:, :, None], self.shapes)
+        alone = common_shapes(sizes[:, None], self.shapes)
         unheld = (sizes > np.array(self.shapes)[alone]).any(-1)
         for shrunk, why in (
             (unheld, "no shape of config.padded_shapes holds them"),
@@ -155,7 +152,8 @@ class ShuffledByShape:
         places = rng.permutation(batches).ravel()
         geometry = Geometry(*(field[places] for field in geometry))
         together = geometry.size.reshape(-1, self._batch_size, 2)
-        return Epoch(chosen[places], geometry, common_shapes(together, self.shapes))
+        shapes = np.array(self.shapes)[common_shapes(together, self.shapes)]
+        return Epoch(chosen[places], geometry, shapes)
 
 
 class Epoch(NamedTuple):
@@ -164,12 +162,22 @@ class Epoch(NamedTuple):
     Attributes:
       samples: (N,) numbers.
       geometry: of each.
-      shapes: (batches,) numbers of their shapes.
+      shapes: (batches, 2) height and width to which those of each are padded.
     """
 
     samples: np.ndarray
     geometry: Geometry
     shapes: np.ndarray
+
+    def scale(self) -> np.ndarray:
+        """(N,) to which each must be scaled down to fit into its shape; 1 where it fits."""
+        shapes = self.shapes.repeat(len(self.samples) // len(self.shapes), axis=0)
+        return np.minimum(1, shapes / self.geometry.size).min(-1)
+
+    def padding(self) -> float:
+        """The share of all pixels that is padding."""
+        used = self.geometry.size.prod(-1) * self.scale() ** 2
+        return 1 - used.sum() / (self.shapes.prod(-1).mean() * len(self.samples))
 
 
 def _size(size: Sequence[int] | np.ndarray) -> Size:

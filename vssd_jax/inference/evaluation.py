@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vssd_jax import strict_json
-from vssd_jax.config import changed_fields
 from vssd_jax.distributed import is_main, say
 from vssd_jax.errors import UserError, describe_difference
 from vssd_jax.host import compiler_options
@@ -23,7 +22,6 @@ from vssd_jax.tasks import make_task
 from vssd_jax.tasks.protocol import Task
 from vssd_jax.training import html_report
 from vssd_jax.training.evaluator import Evaluator
-from vssd_jax.training.report import environment
 from vssd_jax.training.sharding import make_mesh
 from vssd_jax.weights.load import load
 from vssd_jax.weights.state import get_state, set_state
@@ -157,16 +155,8 @@ def _report(
     ]
     if "images_per_second" in results:
         facts.append(("speed", f"{results['images_per_second']:,.1f} pictures/s"))
-    return html_report.Report(
-        title=f"{config.model} on {config.dataset}: evaluation",
-        facts=facts,
-        results=metrics,
-        best_metric=task.best_metric,
-        sections=task.report(),
-        config=config.to_dict(),
-        changed=changed_fields(config),
-        environment=environment(),
-        commands=commands,
+    return html_report.of_task(
+        task, title=": evaluation", facts=facts, results=metrics, commands=commands
     )
 
 

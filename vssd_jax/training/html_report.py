@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vssd_jax import strict_json
-from vssd_jax.tasks.protocol import Section
+from vssd_jax.config import changed_fields
+from vssd_jax.tasks.protocol import Section, Task
 from vssd_jax.training import html_parts as parts
 from vssd_jax.training import svg_curves
+from vssd_jax.training.report import environment
 
 _TILES = 4  # metrics in large type
 
@@ -47,6 +49,23 @@ class Report:
     commands: Sequence[tuple[str, str]]
     lines: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
+
+
+def of_task(task: Task, *, title: str = "", **fields: Any) -> Report:
+    """A report with what the task and its config say; `title` comes after the model and the data.
+
+    `fields` are the others of `Report`.
+    """
+    config = task.config
+    return Report(
+        title=f"{config.model} on {config.dataset}{title}",
+        best_metric=task.best_metric,
+        sections=task.report(),
+        config=config.to_dict(),
+        changed=changed_fields(config),
+        environment=environment(),
+        **fields,
+    )
 
 
 def render(report: Report) -> str:

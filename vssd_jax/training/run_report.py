@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import ml_collections
 
-from vssd_jax.config import changed_fields
 from vssd_jax.tasks.protocol import Task
-from vssd_jax.training import html_report, report
+from vssd_jax.training import html_report
 from vssd_jax.training.html_report import duration, training_seconds
 from vssd_jax.training.metrics import read_metrics
 from vssd_jax.training.plan import Plan
@@ -68,16 +67,11 @@ def make(
     if best is not None:
         facts.append(("best", f"{task.best_metric} {best[1]:.4f} at step {best[0]:,}"))
     facts.append(("folder", str(workdir)))
-    return html_report.Report(
-        title=f"{config.model} on {config.dataset}",
+    return html_report.of_task(
+        task,
         facts=facts,
         results=results,
-        best_metric=task.best_metric,
-        sections=task.report(),
         lines=lines,
-        config=config.to_dict(),
-        changed=changed_fields(config),
-        environment=report.environment(),
         commands=commands or _in_python(config, workdir),
         notes=_notes(plan, step, evaluated, ended),
     )
