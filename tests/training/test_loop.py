@@ -233,6 +233,29 @@ def test_a_stopped_run_resumes_bitwise(run, tmp_path, num_workers):
     assert_same_run(tmp_path, workdir)
 
 
+@pytest.mark.parametrize("where", ["data", "evaluation"])
+def test_an_error_costs_no_step(run, tmp_path, capsys, where):
+    config, _, _, _ = run
+
+    class Failing(Classification):
+        def train_batches(self, start_step):
+            for index, batch in enumerate(super().train_batches(start_step), start_step):
+                if where == "data" and index == 3:
+                    raise UserError("the pictures are gone")
+                yield batch
+
+        def summarize(self, *args, **kwargs):
+            if where == "evaluation":
+                raise UserError("the pictures are gone")
+            return super().summarize(*args, **kwargs)
+
+    with pytest.raises(UserError, match="the pictures are gone"):
+        train(Failing(config), config, tmp_path)
+    step = int(re.search(r"is saved at step (\d+)", capsys.readouterr().out)[1])
+    assert step == EPOCH if where == "evaluation" else 0 < step <= 3
+    assert read_ema(tmp_path)[1] == step
+
+
 def test_a_workdir_in_use_is_refused(run):
     config, workdir, _, _ = run
     hold = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX)"

@@ -157,7 +157,8 @@ def _shared(
     """The curves of each category, in any order."""
     left = {category.number: category for category in categories}
     total = sum(map(_size, categories))
-    with tqdm(total=total, desc="COCO's metrics", unit="box", disable=not progress) as bar:
+    bar = tqdm(total=total, desc="COCO's metrics", unit="box", delay=2, disable=not progress)
+    with bar:
         if min(processes, len(left)) > 1:
             # A process that JAX's threads run in must not be forked.
             context = multiprocessing.get_context("spawn")

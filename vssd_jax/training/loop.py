@@ -7,6 +7,7 @@ import ml_collections
 import numpy as np
 
 from vssd_jax.distributed import say
+from vssd_jax.errors import UserError
 from vssd_jax.tasks.protocol import Task
 from vssd_jax.training import report
 from vssd_jax.training.plan import make_plan
@@ -59,16 +60,21 @@ def train(
         else:
             state = trainer.fresh_state(_initial_weights(task, trainer))
         results = run.results
-        for step, batch in run.steps(trainer.device_batches(task.train_batches(run.start))):
-            state, metrics = trainer.step(state, batch, run.clock)
-            run.done(step, metrics)
-            if plan.logs(step) or run.stopping:
-                rate = float(trainer.learning_rate(step - 1))
-                task.check(run.log(rate, int(state.nonfinite)))
-            if plan.evaluates(step):
-                results = run.evaluate(trainer.evaluate, state.ema)
-            if plan.saves(step) or run.stopping:
-                run.save(trainer.to_parts(state), results if plan.evaluates(step) else {})
+        try:
+            for step, batch in run.steps(trainer.device_batches(task.train_batches(run.start))):
+                state, metrics = trainer.step(state, batch, run.clock)
+                run.done(step, metrics)
+                if plan.logs(step) or run.stopping:
+                    rate = float(trainer.learning_rate(step - 1))
+                    task.check(run.log(rate, int(state.nonfinite)))
+                if plan.evaluates(step):
+                    results = run.evaluate(trainer.evaluate, state.ema)
+                if plan.saves(step) or run.stopping:
+                    run.save(trainer.to_parts(state), results if plan.evaluates(step) else {})
+        except UserError:
+            # Data or an evaluation that fail must not cost the steps since the last checkpoint.
+            run.keep(lambda: trainer.to_parts(state), int(state.nonfinite))
+            raise
         if not results and not run.stopping:  # it was saved without an evaluation, at its end
             results = run.evaluate(trainer.evaluate, state.ema)
         run.finish(results)

@@ -6,7 +6,7 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -194,6 +194,20 @@ class Run:
         """Starts to save a checkpoint, see `Checkpoints.save`."""
         with self.clock.paused():
             self.checkpoints.save(self._step, parts, metrics)
+
+    def keep(self, parts: Callable[[], Parts], nonfinite: int) -> None:
+        """Saves the last step done before an error ends the run, if it is worth it.
+
+        It is not where a checkpoint has it, or its loss or gradient was not finite. A process that
+        is one of several cannot save alone.
+        """
+        saved = self._step in (0, self.checkpoints.latest_step)
+        if saved or nonfinite or jax.process_count() > 1:
+            return
+        self.save(parts(), {})
+        self.checkpoints.wait()
+        self._progress.close()
+        say(f"{self._workdir} is saved at step {self._step}")
 
     def finish(self, results: Mapping[str, float]) -> None:
         """Waits for the last checkpoint and says how the run ended."""

@@ -59,6 +59,7 @@ def draw(title: str, curves: Mapping[str, Sequence[Point]]) -> str:
     if not ys:
         return f"<figure class=curve>{caption}<p class=note>no finite value</p>{note}</figure>"
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    marks = ticks(left, right) if left < right else [left]
     if left == right:
         left, right = left - 1, right + 1
     if low == high:
@@ -75,7 +76,7 @@ def draw(title: str, curves: Mapping[str, Sequence[Point]]) -> str:
         _, at = place(left, tick)
         parts.append(f'<path class=grid d="M{_LEFT} {at}H{_WIDTH - _RIGHT}"/>')
         parts.append(f"<text x={_LEFT - 6} y={at + 4} text-anchor=end>{tick:.4g}</text>")
-    for x in ticks(left, right):
+    for x in marks:
         at, _ = place(x, low)
         parts.append(f'<path class=grid d="M{at} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
         parts.append(
