@@ -101,6 +101,18 @@ def test_all_of_a_classifier(root, tmp_path, capsys):
             assert min(picture.size) > 100
 
 
+def test_weights_that_are_not_finite_are_refused(root, tmp_path):
+    module = family.build("vssd_nano", num_classes=3, rngs=nnx.Rngs(0), **TINY)
+    state = {name: value * np.nan for name, value in get_state(module).items()}
+    square = {"image_size": 64, "eval_crop": 1.0}
+    write_folder(tmp_path / "nan", Weights("vssd_nano", 3, TINY, state, list(NAMES), square))
+    for kind in ("token_weights", "attention", "features", "grad_cam"):
+        with pytest.raises(UserError, match="not finite"):
+            look(tmp_path / "nan", str(root / "photos/a.png"), tmp_path / "out", what=[kind])
+    with pytest.raises(ValueError, match="not finite"):
+        pictures.principal_components(np.full((1, 2, 2, 3), np.nan))
+
+
 def test_a_class_a_stage_and_a_token(root, tmp_path, capsys):
     photo = str(root / "photos/a.png")
     options = {"what": ("grad_cam", "attention", "token_weights"), "token": (63, 5)}
@@ -136,6 +148,12 @@ def test_a_detector_is_shown_without_its_padding(root, tmp_path, capsys):
     assert (seen.size, seen.images.shape) == ((50, 75), (1, 64, 96, 3))
     assert score == pytest.approx(predictor(root / "photos/a.png").scores[1], rel=1e-4)
     assert "Grad-CAM of object 2, " in capsys.readouterr().out
+    Image.fromarray(np.full((20, 80, 3), 99, np.uint8)).save(tmp_path / "flat.png")
+    look(root / "detector", str(tmp_path / "flat.png"), tmp_path, what=["attention"])
+    with np.load(tmp_path / "flat/attention.npz") as saved:
+        assert saved["attention"].shape == (1, 1, 3, 2)
+        padding = 1 - saved["attention"][0].mean(-1).sum()
+    assert f"{100 * padding:.3g} % of it on padding" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"grad_cam of a\.png: no such object is found"):
         look(root / "detector", str(root / "photos/a.png"), tmp_path, what=["grad_cam"], box=9)
 

@@ -334,11 +334,16 @@ def draw_attention(
     mark = (cell[1] * stride, cell[0] * stride,
             min((cell[1] + 1) * stride, width), min((cell[0] + 1) * stride, height))  # fmt: skip
     half = pictures.share_of_pixels(mean, 0.5)
+    fact = (
+        f"attention of stage {index + 1} from the token of pixel {x},{y}: half of the heads' mean "
+        f"on {_percent(half)} of the tokens"
+    )
+    if inside.shape != weights.shape:
+        fact += f", {_percent(max(1 - float(mean.sum()), 0))} of it on padding, which is not shown"
     return Drawing(
         {"": draw_heat_maps(seen.pixels, tiles, mark=mark)},
         {"attention": inside, "token": np.array(cell)},
-        f"attention of stage {index + 1} from the token of pixel {x},{y}: half of the heads' mean "
-        f"on {_percent(half)} of the tokens",
+        fact,
     )
 
 
@@ -451,9 +456,19 @@ def _fields(models: Sequence[tuple[str, nnx.Module, Sequence[Seen]]], stage: int
 
 
 def _inside(maps: np.ndarray, seen: Seen, stride: int) -> np.ndarray:
-    """(B, h, w, ...) without the tokens that are all padding."""
+    """(B, h, w, ...) without the tokens that are all padding.
+
+    Raises:
+      UserError: it is not finite.
+    """
     height, width = seen.size
-    return maps[:, : -(-height // stride), : -(-width // stride)]
+    inside = maps[:, : -(-height // stride), : -(-width // stride)]
+    if not np.isfinite(inside).all():
+        raise UserError(
+            f"what the model computes at stride {stride} is not finite: its weights are not, "
+            "or too large"
+        )
+    return inside
 
 
 def _percent(share: float) -> str:

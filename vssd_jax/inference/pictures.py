@@ -104,8 +104,13 @@ def principal_components(features: Float[np.ndarray, "B h w C"], components: int
 
     The sign of a component is that in which its greatest loading is positive. Where the map has
     fewer channels than `components`, what is missing is 0.
+
+    Raises:
+      ValueError: features that are not finite.
     """
     tokens = np.asarray(features, np.float64).reshape(-1, features.shape[-1])
+    if not np.isfinite(tokens).all():
+        raise ValueError("the features are not finite, and have no principal components")
     tokens = tokens - tokens.mean(0)
     variances, loadings = np.linalg.eigh(tokens.T @ tokens)
     variances, loadings = variances[::-1], loadings[:, ::-1]
@@ -218,6 +223,7 @@ def grad_cam(
     images = _array(images)
     if image_shapes is None:
         image_shapes = np.array([images.shape[1:3]] * len(images), np.int32)
+    target = None if target is None else operator.index(target)
     if not isinstance(model, Detector):
         classes: int = getattr(model, "num_classes", 0) or 0
         if not classes:
