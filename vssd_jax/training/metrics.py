@@ -4,8 +4,6 @@ import json
 import os
 import pathlib
 
-from tensorboardX import SummaryWriter
-
 from vssd_jax import strict_json
 from vssd_jax.distributed import is_main
 from vssd_jax.training.trackers import Tracker
@@ -42,6 +40,8 @@ class MetricWriter:
         self._workdir, self._tracker = pathlib.Path(workdir), tracker
         if not is_main():
             return
+        from tensorboardX import SummaryWriter  # slow to import: with PyTorch, if that is there
+
         kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
         path = self._workdir / "metrics.jsonl"
         part = path.with_suffix(".part")
@@ -76,8 +76,13 @@ class MetricWriter:
         names = sorted(curves, key=lambda name: (not name.startswith("val/"), name))
         columns = min(3, len(names)) or 1
         rows = -(-len(names) // columns) or 1
-        figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
+        width, height = 4.5 * columns, 3 * rows  # inches
+        figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
+        # Room for the texts, said: to find it out matplotlib would draw everything twice.
+        figure.subplots_adjust(
+            0.75 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.35 / height, 0.22, 0.42
+        )
         for index, name in enumerate(names):
             axes = figure.add_subplot(rows, columns, index + 1)
             axes.plot(
