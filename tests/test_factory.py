@@ -160,6 +160,7 @@ def test_dtype_and_overrides():
         ("vssd_nano", {"drop_pat": 0.1}, "no option 'drop_pat'; did you mean 'drop_path'"),
         ("vssd_nano", {"stem": "con"}, "stem must be"),
         ("vssd_nano", {"ngroups": 3}, "do not divide"),
+        ("vssd_nano", {"mixers": ("bissd",) * 4}, "stage 0: a bissd mixer needs an even number"),
         ("vssd_nano", {"ngroups": 0}, "vssd_nano: "),
         ("vssd_nano", {"depths": 4}, "vssd_nano: "),
         ("vssd_nano", {"weights": "nowhere"}, "nowhere"),

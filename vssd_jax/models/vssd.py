@@ -101,9 +101,12 @@ class VSSDConfig:
             raise ValueError(f"embed_dim must be even: {self.embed_dim}")
         for stage, (mixer, heads) in enumerate(zip(self.mixers, self.num_heads, strict=True)):
             inner = self.embed_dim * 2**stage * (1 if mixer == "attention" else self.expand)
-            # The bidirectional scan halves heads and groups between its two directions.
-            parts = {"attention": 1, "bissd": max(2, self.ngroups)}.get(mixer, self.ngroups)
-            if inner % heads or heads % parts or (mixer == "bissd" and self.ngroups % 2):
+            if mixer == "bissd" and self.ngroups % 2:
+                raise ValueError(
+                    f"stage {stage}: a bissd mixer needs an even number of groups, half of them "
+                    f"for each direction: ngroups={self.ngroups}"
+                )
+            if inner % heads or heads % (1 if mixer == "attention" else self.ngroups):
                 raise ValueError(
                     f"stage {stage}: {heads} heads and {self.ngroups} groups do not divide "
                     f"a {mixer} mixer of width {inner}"
