@@ -21,9 +21,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
-# LLVM's optimisations and XLA's fusion emitters take two fifths of the time and change little for
-# models this small; the slow tests, of the real models, run as users do.
-UNOPTIMIZED = "--xla_backend_optimization_level=0"
+# LLVM's optimisations, XLA's fusion emitters and code generation by several threads take half of
+# the time and change little for models this small; the slow tests, of the real models, run as users
+# do.
+UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 FAST_COMPILATION, AS_USERS = UNOPTIMIZED, {}
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     # Later ones abort at a flag that they do not know, and have the emitters alone.

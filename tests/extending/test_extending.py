@@ -89,4 +89,3 @@ def test_a_kernel_takes_part_and_agrees(tmp_path, data_dir):
     expected = train("toy_kernel.py:xla", tmp_path / "xla", data_dir)
     np.testing.assert_allclose(losses(lines), losses(expected), rtol=1e-4)
     assert lines[-1]["val/loss"] == pytest.approx(expected[-1]["val/loss"], rel=1e-4)
-    evaluate("toy_kernel.py", tmp_path / "toy", data_dir, lines)

@@ -86,8 +86,8 @@ def failed_at_operation(folder, stride):
             print(step)
 
 
-# The everyday suite tries every fifth of a hundred operations, which take a second each.
-@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.slow)])
+# The everyday suite tries every tenth of a hundred operations, which take a second each.
+@pytest.mark.parametrize("stride", [10, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_at_every_file_operation_of_a_save(tmp_path, preloaded, stride):
     (tmp_path / "copies").mkdir()
     (count,) = preloaded("killed_at_every_operation", tmp_path)

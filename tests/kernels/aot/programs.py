@@ -421,6 +421,10 @@ def record(archs):
     """Measures what recorded.json has for `archs` anew; writes after each program."""
     path = HERE / "recorded.json"
     recorded = json.loads(path.read_text())
+    if set(archs) == set(KINDS):
+        recorded["jax"] = jax.__version__
+    elif recorded["jax"] != jax.__version__:
+        sys.exit(f"the records are of jax {recorded['jax']}: use it, or record all cards anew")
     for arch in archs:
         for description in recorded[arch]:
             figures = measured(arch, description)

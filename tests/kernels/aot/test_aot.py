@@ -19,6 +19,7 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 RECORDED = json.loads((HERE / "recorded.json").read_text())
+WITH = RECORDED.pop("jax")  # another version's compiler fuses otherwise
 
 
 @functools.cache
@@ -48,7 +49,10 @@ def test_whole_steps(arch):
 
 
 def check(arch, programs):
-    """Fewer kernels or bytes: record them. More: something has come apart."""
+    """Fewer kernels or bytes: record them. More: something has come apart.
+
+    With another jax than they were recorded with: that they compile, without spills.
+    """
     if why_not() or not programs:
         pytest.skip(why_not() or "none is recorded")
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -64,6 +68,8 @@ def check(arch, programs):
         transposes = [] if re.search("mask_rcnn|upernet", program) else line["transposes"]
         assert not transposes, f"{program} transposes {transposes}"
         assert not line["spills"], f"{program} spills registers: {line['spills']}"
+        if jax.__version__ != WITH:
+            continue
         assert line["kernels"] <= figures["kernels"], program
         # A hundredth: rounding, and what the compiler adds for scratch.
         assert line["megabytes_per_image"] <= 1.01 * figures["megabytes_per_image"], program
