@@ -31,6 +31,12 @@ if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11
     FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
     AS_USERS["xla_cpu_use_fusion_emitters"] = True  # options of a program
 
+
+def flags_for(devices):
+    """XLA_FLAGS of a process that has as many CPU devices."""
+    return f"{FAST_COMPILATION} --xla_force_host_platform_device_count={devices}"
+
+
 # The same examples at every run, and no folder for them; more by --hypothesis-profile=thorough.
 for profile, examples in (("thorough", 600), ("everyday", 60)):
     hypothesis.settings.register_profile(

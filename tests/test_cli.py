@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, flags_for
 from vssd_jax import cli
 
 
@@ -82,7 +82,7 @@ def test_a_batch_that_does_not_divide(tmp_path):
     done = command(
         "train.py", "--config", "configs/digits.py", f"--workdir={tmp_path}/run",
         f"--config.data_dir={tmp_path}/data", "--config.batch_size=10",
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        env={**os.environ, "XLA_FLAGS": flags_for(4)},
     )  # fmt: skip
     assert "config.batch_size=10 does not divide over 4 devices" in done.stderr
     assert "multiple of 4" in done.stderr

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import flags_for
 from tests.kernels import examples, rows
 from vssd_jax.errors import UserError
 from vssd_jax.kernels import dispatch
@@ -132,7 +133,7 @@ def run_on_cpus(script, *, devices=1):
     """Runs Python code in another process."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": flags_for(devices),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     run = subprocess.run(

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from configs import digits_detection as digits_config
-from tests.conftest import FAST_COMPILATION, ROOT
+from tests.conftest import ROOT, flags_for
 from tests.resume import assert_same_run, train_with_stops
 from tests.tasks.test_coco_metrics import perfect, whole_batch
 from vssd_jax.data.datasets import digits_detection
@@ -311,8 +311,7 @@ train(make_task(config), config, sys.argv[2])
 def test_four_devices_train_as_one(tmp_path, data_dir):
     workdirs = [tmp_path / str(devices) for devices in (1, 4)]
     for workdir in workdirs:
-        count = f"--xla_force_host_platform_device_count={workdir.name}"
-        count += f" {FAST_COMPILATION}"
+        count = flags_for(workdir.name)
         subprocess.run(
             [sys.executable, "-c", SEVERAL_DEVICES, data_dir, str(workdir)],
             cwd=ROOT,

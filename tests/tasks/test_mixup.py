@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from tests.conftest import flags_for
 from vssd_jax.tasks.mixup import mixup_cutmix, soft_targets
 
 N = 2000
@@ -145,6 +146,6 @@ assert len(set(shares)) == 4
 
 
 def test_sharded_batches_mix_across_devices():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = {**os.environ, "XLA_FLAGS": flags_for(4)}
     environment["JAX_PLATFORMS"] = "cpu"
     subprocess.run([sys.executable, "-c", SHARDED], check=True, env=environment)

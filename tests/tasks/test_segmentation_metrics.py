@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import flags_for
 from vssd_jax import UserError
 from vssd_jax.tasks import segmentation_metrics as metrics
 
@@ -74,7 +75,7 @@ def test_a_class_neither_labelled_nor_predicted_is_left_out():
 
 def test_confusion_over_eight_devices():
     """In a process of its own: the number of devices is fixed when JAX starts."""
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    env = {**os.environ, "XLA_FLAGS": flags_for(8)}
     env["JAX_PLATFORMS"] = "cpu"
     result = subprocess.run(
         [sys.executable, "-m", "tests.tasks.test_segmentation_metrics"],
