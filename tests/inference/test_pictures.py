@@ -349,6 +349,8 @@ def test_grad_cam_of_the_best_class_and_of_none_that_is():
     for label in (10, -1):
         with pytest.raises(UserError, match=f"no class {label}: the model has 10"):
             pictures.grad_cam(model, x, label)
+    with pytest.raises(TypeError):  # not cut to a whole number
+        pictures.grad_cam(model, x, 1.5)
 
 
 def change_by_channel(model, x, stage, score, step=1e-5):

@@ -1,6 +1,7 @@
 """COCO's numbers category by category: those of one evaluation by pycocotools, bit for bit."""
 
 import os
+import pickle
 import subprocess
 import sys
 
@@ -127,6 +128,29 @@ def test_a_process_that_ends_is_replaced_by_this_one(case, monkeypatch, capfd):
     scores = average_precision.evaluate(dataset, results, masks=False, processes=2)
     assert_same(scores["box"], whole(dataset, results, "bbox", ()))
     assert "going on in this one" in capfd.readouterr().err
+
+
+SCRIPT = """
+import pickle, sys
+from vssd_jax.tasks import average_precision
+print("once", flush=True)
+with open(sys.argv[1], "rb") as file:
+    dataset, results = pickle.load(file)
+scores = average_precision.evaluate(dataset, results, masks=False, processes=2)
+print(scores["box"].numbers["map"], __file__ == sys.argv[0], __spec__)
+"""
+
+
+def test_the_processes_do_not_run_the_script_again(case, tmp_path):
+    (tmp_path / "case").write_bytes(pickle.dumps(case))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    run = subprocess.run(
+        [sys.executable, tmp_path / "script.py", tmp_path / "case"],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    expected = average_precision.evaluate(*case, masks=False)["box"].numbers["map"]
+    assert run.stdout.splitlines() == ["once", f"{expected} True None"], run.stderr
+    assert "going on in this one" not in run.stderr
 
 
 def test_the_processes_do_without_jax():

@@ -164,7 +164,8 @@ def _shared(
             context = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(min(processes, len(left)), context)
             try:
-                waiting = {pool.submit(curves_of, c, kinds): c for c in categories}
+                with _main_left_out():
+                    waiting = {pool.submit(curves_of, c, kinds): c for c in categories}
                 for future in as_completed(waiting):
                     category = waiting.pop(future)
                     yield category.number, future.result()
@@ -178,6 +179,23 @@ def _shared(
         for category in left.values():
             yield category.number, curves_of(category, kinds)
             bar.update(_size(category))
+
+
+@contextlib.contextmanager
+def _main_left_out() -> Iterator[None]:
+    """Processes that start within do not import the script that runs.
+
+    They need nothing of it, and a script without `if __name__ == "__main__"` would run again.
+    """
+    main = sys.modules["__main__"]
+    names = vars(main)
+    kept: dict[str, Any] = {n: names[n] for n in ("__spec__", "__file__") if n in names}
+    try:
+        main.__spec__ = None
+        names.pop("__file__", None)
+        yield
+    finally:
+        names.update(kept)
 
 
 def curves_of(category: Category, kinds: tuple[str, ...]) -> Curves:
