@@ -233,23 +233,23 @@ def test_a_stopped_run_resumes_bitwise(run, tmp_path, num_workers):
     assert_same_run(tmp_path, workdir)
 
 
-@pytest.mark.parametrize("where", ["data", "evaluation"])
-def test_an_error_costs_no_step(run, tmp_path, capsys, where):
+@pytest.mark.parametrize(("where", "kind"), [("data", UserError), ("evaluation", LookupError)])
+def test_an_error_costs_no_step(run, tmp_path, capsys, where, kind):
     config, _, _, _ = run
 
     class Failing(Classification):
         def train_batches(self, start_step):
             for index, batch in enumerate(super().train_batches(start_step), start_step):
                 if where == "data" and index == 3:
-                    raise UserError("the pictures are gone")
+                    raise kind("the pictures are gone")
                 yield batch
 
         def summarize(self, *args, **kwargs):
             if where == "evaluation":
-                raise UserError("the pictures are gone")
+                raise kind("the pictures are gone")
             return super().summarize(*args, **kwargs)
 
-    with pytest.raises(UserError, match="the pictures are gone"):
+    with pytest.raises(kind, match="the pictures are gone"):
         train(Failing(config), config, tmp_path)
     step = int(re.search(r"is saved at step (\d+)", capsys.readouterr().out)[1])
     assert step == EPOCH if where == "evaluation" else 0 < step <= 3

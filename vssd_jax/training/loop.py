@@ -3,11 +3,11 @@
 import os
 from collections.abc import Sequence
 
+import jax
 import ml_collections
 import numpy as np
 
 from vssd_jax.distributed import say
-from vssd_jax.errors import UserError
 from vssd_jax.tasks.protocol import Task
 from vssd_jax.training import report
 from vssd_jax.training.plan import make_plan
@@ -71,9 +71,10 @@ def train(
                     results = run.evaluate(trainer.evaluate, state.ema)
                 if plan.saves(step) or run.stopping:
                     run.save(trainer.to_parts(state), results if plan.evaluates(step) else {})
-        except UserError:
+        except Exception as error:
             # Data or an evaluation that fail must not cost the steps since the last checkpoint.
-            run.keep(lambda: trainer.to_parts(state), int(state.nonfinite))
+            if not isinstance(error, jax.errors.JaxRuntimeError):  # which leaves no state
+                run.keep(lambda: trainer.to_parts(state), int(state.nonfinite))
             raise
         if not results and not run.stopping:  # it was saved without an evaluation, at its end
             results = run.evaluate(trainer.evaluate, state.ema)
