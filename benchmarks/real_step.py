@@ -57,6 +57,7 @@ def stand_in() -> None:
 stand_in()
 
 from vssd_jax.tasks import make_task  # noqa: E402
+from vssd_jax.training.evaluator import make_eval_step  # noqa: E402
 from vssd_jax.training.plan import make_plan  # noqa: E402
 from vssd_jax.training.step import Trainer  # noqa: E402
 
@@ -152,8 +153,4 @@ def prediction(config):
     """
     task = made_up(config)
     trainer = Trainer(task, config, make_plan(config, task.train_size))
-
-    def predict(arrays, batch):
-        return task.eval_step(trainer.model.merge(arrays, training=False), batch)
-
-    return predict, trainer, next(task.eval_batches())
+    return make_eval_step(task, trainer.model), trainer, next(task.eval_batches())

@@ -1,15 +1,26 @@
 """Evaluation of a task's model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vssd_jax.host import compiler_options
+from vssd_jax.models.casting import cast_together
 from vssd_jax.models.split import Arrays, SplitModel
 from vssd_jax.tasks.protocol import Task
 from vssd_jax.training.sharding import check_batch, device_batches
+
+
+def make_eval_step(task: Task, model: SplitModel) -> Callable[[Arrays, dict], dict[str, Any]]:
+    """`(arrays, batch) -> outputs`, to be compiled by the caller; see `Task.eval_step`."""
+
+    def eval_step(arrays: Arrays, batch: dict) -> dict[str, Any]:
+        arrays = cast_together(arrays, task.config.dtype)
+        return task.eval_step(model.merge(arrays, training=False), batch)
+
+    return eval_step
 
 
 class Evaluator:
@@ -28,7 +39,7 @@ class Evaluator:
         check_batch("eval_batch_size", task.config.eval_batch_size, mesh.size)
         self._task, self._mesh = task, mesh
         self._step = jax.jit(
-            lambda arrays, batch: task.eval_step(model.merge(arrays, training=False), batch),
+            make_eval_step(task, model),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
             compiler_options=compiler_options(),
         )

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vssd_jax.distributed import say
 from vssd_jax.host import compiler_options
+from vssd_jax.models.casting import cast_together
 from vssd_jax.models.split import Arrays, SplitModel
 from vssd_jax.tasks.protocol import Task
 from vssd_jax.training import report
@@ -51,6 +52,7 @@ def make_train_step(
     accumulate: int = 1,
     frozen: Collection[str] = (),
     packed: bool = False,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> TrainStep:
     """One optimizer step, to be compiled by the caller.
 
@@ -62,6 +64,7 @@ def make_train_step(
       accumulate: micro-batches whose gradients one step averages.
       frozen: names of parameters that have no gradient.
       packed: whether to take the norm of the gradient as that of one vector.
+      dtype: in which the model computes.
 
     Returns:
       `step(state, batch, key) -> (state, metrics)`. A step whose loss or gradient is not finite
@@ -76,8 +79,9 @@ def make_train_step(
                 name: jax.lax.stop_gradient(value) if name in frozen else value
                 for name, value in params.items()
             }
+            params = cast_together(params, dtype)
             module = model.merge({**params, **batch_stats}, training=True)
-            teacher = model.merge(state.ema, training=False)
+            teacher = model.merge(cast_together(state.ema, dtype), training=False)
             value, metrics = loss(
                 module, batch, step=state.step, rngs=nnx.Rngs(key), teacher=teacher
             )
@@ -200,6 +204,7 @@ class Trainer:
             accumulate=config.accumulate,
             frozen=self.frozen,
             packed=packed,
+            dtype=config.dtype,
         )
         self._step = jax.jit(
             self.function,
