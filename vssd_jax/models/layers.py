@@ -22,6 +22,7 @@ from vssd_jax.kernels.depthwise_conv import depthwise_conv
 from vssd_jax.kernels.dispatch import in_trace, unit
 from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.linear import linear
+from vssd_jax.kernels.shared_one import shared_one
 from vssd_jax.types import Array, Dimension, Float
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jax.typing.DTypeLike], jax.Array]
@@ -480,7 +481,10 @@ class DropPath(nnx.Module):
         keep = 1 - jnp.array(self.rates)[:, None, None]
         key = required(rngs, "a model with drop path").dropout()
         factors = jax.random.bernoulli(key, keep, (len(self.rates), 2, batch)) / keep
-        return [f if rate else None for f, rate in zip(factors, self.rates, strict=True)]
+        return [
+            f * shared_one() if rate else None
+            for f, rate in zip(factors, self.rates, strict=True)
+        ]
 
 
 class ChannelDropout(nnx.Module):

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from vssd_jax.kernels import dispatch
+from vssd_jax.kernels.shared_one import shared_one
 from vssd_jax.kernels.silu import silu
 
 ACTIVATIONS = {None: lambda y: y, "silu": silu, "relu": jax.nn.relu}
@@ -119,7 +120,7 @@ def _backward(
         # Compute it once: all taps of both gradients read it.
         dconv = jax.lax.optimization_barrier(dconv.astype(x.dtype))
     if residual and activation is None:  # the residual adds one to the tap in the middle
-        wide = kernel.astype(_acc(x)) + MIDDLE
+        wide = kernel.astype(_acc(x)) + MIDDLE * shared_one()
         dx, dkernel, dbias = gradients(x, dconv, wide, stride, relu_input)
     else:
         dx, dkernel, dbias = gradients(x, dconv, kernel, stride, relu_input)
