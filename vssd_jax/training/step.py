@@ -126,6 +126,8 @@ def make_train_step(
         gradient, batch_stats, metrics = gradient_of(state, batch, key)
         norm = optax.tree.norm(pack(gradient) if packed else gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        # In an array, for XLA's sake: see `vssd_jax.kernels.shared_one`.
+        finite = jax.lax.optimization_barrier(jnp.full(2, finite))[0]
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update({**params, **batch_stats}, state.ema, 1 - ema_decay)
