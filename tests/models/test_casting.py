@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vssd_jax.kernels import dispatch
+from vssd_jax.kernels.shared_one import shared_one
 from vssd_jax.models.casting import cast_together
 
 
@@ -48,3 +49,11 @@ def test_what_is_not_cast_is_left_alone(arrays, monkeypatch):
     assert cast_together(arrays, "float32") is arrays
     text = str(jax.make_jaxpr(lambda arrays: cast_together(arrays, jnp.bfloat16))(arrays))
     assert text.count(" mul ") == 2
+
+
+def test_a_one_that_xla_does_not_see_through(monkeypatch):
+    assert shared_one() == 1.0
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("gpu", "NVIDIA H200"))
+    assert jax.jit(shared_one)() == 1
+    text = str(jax.make_jaxpr(lambda x: [x * shared_one(), x + shared_one()])(1.0))
+    assert text.count("optimization_barrier") == 2
