@@ -91,11 +91,11 @@ LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\(([^)]*)\)")
 
 
 def bytes_of(kind):
-    """Of an array or of a tuple of arrays, from its type."""
-    return sum(
+    """Of each array of a type, which may be a tuple."""
+    return [
         BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size)
         for dtype, shape in re.findall(rf"\b({'|'.join(BYTES)})\[([\d,]*)\]", kind)
-    )
+    ]
 
 
 def names_of(operands):
@@ -119,7 +119,7 @@ def slices(text):
             shape = re.match(r"\w+\[([\d,]*)\]", kind)
             elements[name] = math.prod(int(n) for n in shape[1].split(",") if n) if shape else 0
             if op == "parameter":
-                whole[name], sizes[int(operands)] = {int(operands)}, bytes_of(kind)
+                whole[name], sizes[int(operands)] = {int(operands)}, sum(bytes_of(kind))
             for operand in names_of(operands):
                 for number in whole.get(operand, ()):
                     if op in ("slice", "dynamic-slice"):
@@ -152,7 +152,8 @@ def count(text, images):
             if not match:
                 continue
             name, kind, op, operands = match.groups()
-            sizes[name] = bytes_of(kind)
+            arrays = bytes_of(kind)
+            sizes[name] = sum(arrays)
             if op in FREE:
                 continue
             inside = None
@@ -177,7 +178,8 @@ def count(text, images):
             kernels += 1
             moved += read + sizes[name]
             # Small ones are weights, for the most part.
-            if ("transpose" in op or "transpose_fusion" in name) and sizes[name] >= 2**23:
+            transposing = "transpose" in op or "transpose_fusion" in name
+            if transposing and max(arrays, default=0) >= 2**23:
                 transposes.append(f"{name} {kind}")
         return kernels, moved
 
