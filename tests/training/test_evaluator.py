@@ -24,7 +24,7 @@ class Counting:
 
     def __init__(self, batches, eval_batch_size=2):
         self.batches = batches
-        self.config = types.SimpleNamespace(eval_batch_size=eval_batch_size)
+        self.config = types.SimpleNamespace(eval_batch_size=eval_batch_size, dtype="float32")
 
     def eval_batches(self):
         return iter(self.batches)
