@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vssd_jax.host import compiler_options, prepare_cpu
+from vssd_jax.host import compiler_options, cores, prepare_cpu
 from vssd_jax.models.layers import round_kernels
 
 prepare_cpu()
@@ -53,7 +53,7 @@ def machine() -> dict:
         "device": jax.devices()[0].device_kind,
         "platform": jax.devices()[0].platform,
         "cpu": cpu,
-        "cores": os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count(),
+        "cores": cores(),
         "load_average": os.getloadavg()[0],
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),

@@ -11,6 +11,13 @@ import tempfile
 from pathlib import Path
 
 
+def cores() -> int:
+    """How many processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory for the next arrays of this process.
 

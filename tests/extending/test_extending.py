@@ -1,7 +1,7 @@
 """A backbone, a dataset, a head and a kernel that the package does not know, each in one file.
 
-Each is registered from its file, trained for a few steps through `train.py` and evaluated through
-`eval.py`; nothing in the package names them.
+Each is registered from its file, trained for a few steps through `train.py` and, but for the
+kernel, evaluated through `eval.py`; nothing in the package names them.
 """
 
 import json

@@ -23,6 +23,7 @@ from vssd_jax.data.endings import ENDINGS, describe_endings
 from vssd_jax.data.segmentation_pictures import save_prediction
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
+from vssd_jax.host import cores
 from vssd_jax.inference.predictor import (
     Detection,
     Predictor,
@@ -191,7 +192,7 @@ def _predict(
     waiting: collections.deque[tuple[str, Future]] = collections.deque()
     with (
         journal.open("a", encoding="utf-8") as file,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(cores()) as pool,
         tqdm(
             total=len(names),
             unit=" pictures",
@@ -214,7 +215,7 @@ def _predict(
                 progress.update()
                 continue
             waiting.append((name, pool.submit(writer.write, name, result)))
-            while len(waiting) > 4 * (os.cpu_count() or 1):
+            while len(waiting) > 4 * cores():
                 note(*waiting.popleft())
         for item in waiting:
             note(*item)

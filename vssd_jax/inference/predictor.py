@@ -27,7 +27,7 @@ from vssd_jax.data.segmentation_transforms import eval_shapes
 from vssd_jax.data.segmentation_transforms import resize as segmentation_resize
 from vssd_jax.distributed import say
 from vssd_jax.errors import UserError
-from vssd_jax.host import compiler_options, keep_compiled_programs
+from vssd_jax.host import compiler_options, cores, keep_compiled_programs
 from vssd_jax.known_classes import readable
 from vssd_jax.models import family
 from vssd_jax.models.family import Detections, Detector
@@ -629,6 +629,6 @@ def load_predictor(
         method,
         split,
         batch_size=batch_size or BATCH_SIZES[task],
-        threads=threads or os.cpu_count() or 1,
+        threads=threads or cores(),
         max_pixels=max_pixels,
     )

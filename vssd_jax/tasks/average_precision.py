@@ -7,7 +7,6 @@ of one evaluation, bit for bit. Imports no jax, since the processes load this.
 import contextlib
 import io
 import multiprocessing
-import os
 import sys
 from collections.abc import Container, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
+
+from vssd_jax.host import cores
 
 KINDS = {"box": "bbox", "mask": "segm"}  # our names and pycocotools'
 # COCO's twelve numbers, in its order; the sizes are of objects in pixels of area.
@@ -60,13 +61,6 @@ class Scores(NamedTuple):
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def _cores() -> int:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def evaluate(
     dataset: dict[str, Any],
     results: list[dict[str, Any]],
@@ -95,7 +89,7 @@ def evaluate(
     kinds = tuple(kind for kind in KINDS if masks or kind == "box")
     categories = _categories(dataset, results, without)
     if processes is None:
-        processes = 1 if len(results) < _FEW else min(_cores(), _MOST_PROCESSES)
+        processes = 1 if len(results) < _FEW else min(cores(), _MOST_PROCESSES)
     places = {number: k for k, number in enumerate(sorted(c["id"] for c in dataset["categories"]))}
     evaluations = {kind: COCOeval(iouType=KINDS[kind]) for kind in kinds}
     for evaluation in evaluations.values():

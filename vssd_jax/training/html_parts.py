@@ -152,7 +152,7 @@ def _matrix_picture(part: Confusion, shares: np.ndarray, room: Room) -> str:
     place = rows * side // size, columns * side // size
     np.maximum.at(most, ((rows == columns).astype(int), *place), strength)
     wrong, right = most
-    pixels = np.where((wrong > right), wrong + np.uint8(128), right)
+    pixels = np.where(wrong > right, wrong + np.uint8(128), right)
     # The page shines through, be it light or dark.
     picture = Image.fromarray(pixels)
     picture.putpalette([*_RIGHT] * 128 + [*_WRONG] * 128)
