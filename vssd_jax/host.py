@@ -69,6 +69,15 @@ def compiler_options() -> dict[str, str]:
     return options
 
 
+@functools.cache
+def has_amx() -> bool:
+    """Whether the CPU has Intel's matrix units, for bfloat16."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 # --- Compiled programs on disk -------------------------------------------------------------------
 
 CACHE_VARIABLE = "VSSD_JAX_CACHE"
@@ -107,6 +116,14 @@ def keep_compiled_programs() -> None:
     # JAX's own limit, a second, leaves out most of what a small model compiles.
     if name.upper() not in os.environ and getattr(jax.config, name) == 1:
         jax.config.update(name, 0.1)
+
+
+def keeps_programs() -> bool:
+    """Whether JAX writes compiled programs to disk."""
+    import jax
+
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    return bool(folder and jax.config.jax_enable_compilation_cache)  # type: ignore[attr-defined]
 
 
 def cache_folder() -> Path | None:

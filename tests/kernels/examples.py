@@ -7,6 +7,7 @@ from vssd_jax.kernels import (
     add_branch,
     attention,
     batch_norm,
+    conv,
     depthwise_conv,
     expand_depthwise,
     gelu,
@@ -27,6 +28,7 @@ FUNCTIONS = {
     "add_branch": add_branch.add_branch,
     "attention": attention.attention,
     "batch_norm": batch_norm.batch_norm,
+    "conv": conv.conv,
     "depthwise_conv": depthwise_conv.depthwise_conv,
     "expand_depthwise": expand_depthwise.expand_depthwise,
     "gelu": gelu.gelu,
@@ -66,13 +68,16 @@ def arguments(operation, dtype=jnp.float32, batch=2):
             return {"qkv": narrow(17, 3 * 2 * 16)}, {"heads": 2}
         case "batch_norm":
             return {"x": narrow(3, 4, 5), **norm(5)}, {"epsilon": 1e-5, "dtype": dtype}
+        case "conv":
+            arrays = {"x": narrow(6, 5, 3), "kernel": wide(3, 3, 3, 4), "bias": wide(4)}
+            return arrays, {"stride": 2, "padding": 1}
         case "depthwise_conv":
             arrays = {"x": narrow(5, 4, 6), "kernel": wide(3, 3, 6), "bias": wide(6)}
             options = {"stride": 1, "activation": "silu", "residual": False, "relu_input": False}
             return arrays, options
         case "expand_depthwise":
-            conv = {"kernel": wide(3, 3, 24) / 3, "bias": 0.1 * wide(24)}
-            return {"x": narrow(5, 4, 6), "w1": wide(6, 24), "b1": 0.1 * wide(24), **conv}, {}
+            taps = {"kernel": wide(3, 3, 24) / 3, "bias": 0.1 * wide(24)}
+            return {"x": narrow(5, 4, 6), "w1": wide(6, 24), "b1": 0.1 * wide(24), **taps}, {}
         case "gelu" | "relu" | "silu":
             return {"x": narrow(3, 5)}, {}
         case "layer_norm":

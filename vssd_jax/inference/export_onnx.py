@@ -328,7 +328,7 @@ def _convert(
     """The ONNX model of `call`, with a batch of any size."""
     to_onnx = _import()
     try:
-        with _onnx_operations(), _silence():
+        with _onnx_operations(), _silence(), dispatch.portable():
             model = to_onnx(
                 call,
                 inputs=[("batch", *shape)],

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import jax
 import jax.extend
 
+from vssd_jax import host
 from vssd_jax.errors import UserError, did_you_mean
 from vssd_jax.kernels import mesh
 
@@ -66,6 +67,18 @@ def anywhere(device: Target) -> None:
 def cpu(device: Target) -> str | None:
     """Why `device` is not a CPU, or None."""
     return None if device.platform == "cpu" else f"it is for CPUs, and this is a {device.platform}"
+
+
+def onednn(device: Target) -> str | None:
+    """Why oneDNN's calls cannot, or should not, be part of a program for `device`, or None."""
+    reason = cpu(device)
+    if reason is None and not host.has_amx():
+        reason = "it was measured on CPUs with AMX alone"
+    if reason is None and host.keeps_programs():
+        reason = "a program with its calls cannot be kept on disk (VSSD_JAX_CACHE=0 keeps none)"
+    if reason is None:
+        reason = importlib.import_module("vssd_jax.kernels.onednn").missing()
+    return reason
 
 
 def nvidia_gpu(device: Target) -> str | None:
@@ -114,6 +127,19 @@ def differentiable(function: Callable) -> Callable:
     return inspect.unwrap(function) if _automatic.get() else function
 
 
+_portable = contextvars.ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Within it `implementation=None` means "xla": for a program that is read, or run elsewhere."""
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
+
+
 # --- Outside of a trace -----------------------------------------------------------------------
 
 with jax.core.eval_context():
@@ -156,7 +182,7 @@ def unit(function: Callable[..., T], name: str = "") -> Callable[..., T]:
 def _choices() -> Any:
     """What a traced function depends on besides its arguments and the settings of JAX."""
     tables = tuple(tuple(operation.table.items()) for operation in _OPERATIONS.values())
-    return _automatic.get(), tables
+    return _automatic.get(), _portable.get(), tables
 
 
 # --- Operations -------------------------------------------------------------------------------
@@ -256,6 +282,8 @@ class Operation:
         check_name(implementation)
         if _automatic.get():
             return "xla"
+        if _portable.get():
+            implementation = implementation or "xla"
         device = target()
         rows = {
             name: row

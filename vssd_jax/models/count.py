@@ -10,6 +10,7 @@ from flax import nnx
 from jax.extend import core
 
 from vssd_jax.kernels.depthwise_conv.xla import TAPS
+from vssd_jax.kernels.dispatch import portable
 from vssd_jax.models.family import Model, abstract
 
 UNCOUNTED = ("interpolation", "channel_sum")
@@ -41,8 +42,9 @@ def count_multiply_adds(model: nnx.Module, image_size: tuple[int, int]) -> int:
     plain.eval()
     graph, arrays = nnx.split(plain)
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    program = jax.make_jaxpr(lambda arrays, images: nnx.merge(graph, arrays)(images))
-    return _products(program(arrays, images).jaxpr)
+    with portable():
+        program = jax.make_jaxpr(lambda arrays, images: nnx.merge(graph, arrays)(images))
+        return _products(program(arrays, images).jaxpr)
 
 
 def _products(jaxpr: core.Jaxpr, in_taps: bool = False) -> int:

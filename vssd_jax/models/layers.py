@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from vssd_jax.kernels.batch_norm import batch_norm
+from vssd_jax.kernels.conv import conv
 from vssd_jax.kernels.depthwise_conv import depthwise_conv
 from vssd_jax.kernels.dispatch import in_trace, unit
 from vssd_jax.kernels.layer_norm import layer_norm
@@ -239,19 +240,10 @@ def _convolve(
     if kernel.shape[:2] == (1, 1) and stride == 1:
         if scale is None:
             return linear(x, kernel[0, 0], bias)
+        assert bias is not None
         y = linear(x, kernel[0, 0])  # XLA does not make one kernel of product and shift
-    else:
-        y = jax.lax.conv_general_dilated(
-            x,
-            kernel.astype(dtype),
-            (stride, stride),
-            [(padding, padding)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-    if bias is not None:
-        # Add the bias in float32: rounded to bfloat16 it would shift every pixel the same way.
-        y = (y.astype(bias.dtype) + bias).astype(dtype)
-    return y
+        return (y.astype(bias.dtype) + bias).astype(dtype)
+    return conv(x, kernel, bias, stride=stride, padding=padding)
 
 
 class DepthwiseConv(nnx.Module):

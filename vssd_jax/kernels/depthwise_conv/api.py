@@ -9,6 +9,9 @@ OPERATION = dispatch.Operation(
         "pallas": dispatch.Implementation(
             "vssd_jax.kernels.depthwise_conv.pallas", dispatch.pallas_triton, forward=False
         ),
+        "onednn": dispatch.Implementation(
+            "vssd_jax.kernels.depthwise_conv.onednn", dispatch.onednn
+        ),
         "xla": dispatch.plain("vssd_jax.kernels.depthwise_conv.xla"),
     },
 )

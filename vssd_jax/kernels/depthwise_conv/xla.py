@@ -49,16 +49,23 @@ def gradients(
       The gradients of `x`, of `kernel` and of the bias, (C,), in float32 at least. (That of `x`
       may be in the dtype of `x`, to which it is rounded in the end.)
     """
-    dx = _input_gradient(dy, kernel, stride, x.shape)
+    dx = input_gradient(dy, kernel, stride, x.shape)
     if relu_input:
         dx = jnp.where(x > 0, dx, 0)
+    return dx, *weight_gradients(x, dy, stride, relu_input)
+
+
+def weight_gradients(
+    x: Array, dy: Array, stride: int, relu_input: bool
+) -> tuple[Array, Array]:
+    """Those of `gradients` for the kernel and the bias."""
     dkernel = jax.lax.platform_dependent(
-        _activated(x, relu_input),
+        activated(x, relu_input),
         dy,
         cpu=functools.partial(kernel_gradient_by_rows, stride=stride),
         default=functools.partial(kernel_gradient, stride=stride),
     )
-    return dx, dkernel, dy.astype(_acc(x)).sum((0, 1, 2))
+    return dkernel, dy.astype(_acc(x)).sum((0, 1, 2))
 
 
 def depthwise_conv(
@@ -82,7 +89,7 @@ def _depthwise_conv(
     x: Array, kernel: Array, bias: Array, options: Options, gradients: Gradients
 ) -> Array:
     stride, activation, residual, relu_input = options
-    y = ACTIVATIONS[activation](_convolve(_activated(x, relu_input), kernel, bias, stride))
+    y = ACTIVATIONS[activation](_convolve(activated(x, relu_input), kernel, bias, stride))
     if residual:
         y = y + x
     # The barrier keeps a consumer in float32 (a norm) from asking for a second, wide copy.
@@ -97,15 +104,19 @@ def _forward(
         # a wide copy of it for the gradient.
         x = jax.lax.optimization_barrier(x)
     y = _depthwise_conv(x, kernel, bias, options, gradients)
+    return y, saved(x, kernel, bias, y, options)
+
+
+def saved(x: Array, kernel: Array, bias: Array, y: Array, options: Options) -> tuple:
+    """What the gradient needs."""
     # The result of a ReLU is enough for its derivative.
     keep_result = options.activation == "relu" and not options.residual
-    return y, (x, kernel, bias, y if keep_result else None)
+    return x, kernel, bias, y if keep_result else None
 
 
-def _backward(
-    options: Options, gradients: Gradients, saved: tuple, dy: Array
-) -> tuple[Array, Array, Array]:
-    stride, activation, residual, relu_input = options
+def before_activation(options: Options, saved: tuple, dy: Array) -> Array:
+    """The gradient of the convolution's result, from that of all."""
+    stride, activation, _, relu_input = options
     x, kernel, bias, y = saved
     dconv = dy
     if y is not None:
@@ -114,11 +125,20 @@ def _backward(
         # To compute nine multiply-adds again costs less than to keep the values before the
         # activation. The barrier keeps the compiler from sharing them with the forward pass.
         x = jax.lax.optimization_barrier(x)
-        again = _convolve(_activated(x, relu_input), kernel, bias, stride)
+        again = _convolve(activated(x, relu_input), kernel, bias, stride)
         _, activation_vjp = jax.vjp(ACTIVATIONS[activation], again)
         (dconv,) = activation_vjp(dy.astype(_acc(x)))
         # Compute it once: all taps of both gradients read it.
         dconv = jax.lax.optimization_barrier(dconv.astype(x.dtype))
+    return dconv
+
+
+def _backward(
+    options: Options, gradients: Gradients, saved: tuple, dy: Array
+) -> tuple[Array, Array, Array]:
+    stride, activation, residual, relu_input = options
+    x, kernel, bias, _ = saved
+    dconv = before_activation(options, saved, dy)
     if residual and activation is None:  # the residual adds one to the tap in the middle
         wide = kernel.astype(_acc(x)) + MIDDLE * shared_one()
         dx, dkernel, dbias = gradients(x, dconv, wide, stride, relu_input)
@@ -135,7 +155,8 @@ def _acc(x: Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _activated(x: Array, relu_input: bool) -> Array:
+def activated(x: Array, relu_input: bool) -> Array:
+    """What is convolved."""
     return jax.nn.relu(x) if relu_input else x
 
 
@@ -171,7 +192,8 @@ def _convolve(x: Array, kernel: Array, bias: Array, stride: int) -> Array:
     return _taps(_pad(x), kernel, stride, height, width) + bias.astype(_acc(x))
 
 
-def _input_gradient(dy: Array, kernel: Array, stride: int, shape: tuple[int, ...]) -> Array:
+def input_gradient(dy: Array, kernel: Array, stride: int, shape: tuple[int, ...]) -> Array:
+    """That of `gradients` for an input of this shape."""
     flipped = kernel[::-1, ::-1]
     if stride == 1:
         return _taps(_pad(dy), flipped, 1, *shape[1:3])

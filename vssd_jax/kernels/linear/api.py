@@ -3,7 +3,13 @@
 from vssd_jax.kernels import dispatch
 from vssd_jax.types import Array, Float
 
-OPERATION = dispatch.Operation("linear", {"xla": dispatch.plain("vssd_jax.kernels.linear.xla")})
+OPERATION = dispatch.Operation(
+    "linear",
+    {
+        "onednn": dispatch.Implementation("vssd_jax.kernels.linear.onednn", dispatch.onednn),
+        "xla": dispatch.plain("vssd_jax.kernels.linear.xla"),
+    },
+)
 
 
 def linear(
@@ -19,7 +25,8 @@ def linear(
       x: (..., C).
       kernel: (C, D); rounded to the dtype of `x`.
       bias: (D,) or None.
-      implementation: "xla", or see `vssd_jax.kernels.dispatch.Operation.choose`.
+      implementation: "xla", "onednn" (on a CPU with AMX), or see
+        `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:
       (..., D) in the dtype of `x`; accumulated, and the bias added, in float32 at least.

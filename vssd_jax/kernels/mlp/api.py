@@ -12,6 +12,9 @@ OPERATION = dispatch.Operation(
         "pallas": dispatch.Implementation(
             "vssd_jax.kernels.mlp.pallas", dispatch.pallas_triton, announced=False
         ),
+        "onednn": dispatch.Implementation(
+            "vssd_jax.kernels.mlp.onednn", dispatch.onednn, backward=False
+        ),
         "xla": dispatch.plain("vssd_jax.kernels.mlp.xla"),
     },
     parts=(layer_norm.OPERATION, linear.OPERATION, gelu.OPERATION, add_branch.OPERATION),

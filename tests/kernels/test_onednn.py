@@ -1,0 +1,176 @@
+"""The rows "onednn" of the operations' tables, on CPUs that have what they need."""
+
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from tests.kernels import examples
+from tests.kernels.test_tables import value_and_gradients
+from vssd_jax import host
+from vssd_jax.errors import UserError
+from vssd_jax.kernels import dispatch, onednn
+from vssd_jax.models.count import count_multiply_adds
+from vssd_jax.models.family import abstract
+from vssd_jax.models.vssd import VSSD, VSSDConfig
+
+OPERATIONS = dispatch.operations()
+ROWS = [name for name, operation in OPERATIONS.items() if "onednn" in operation.table]
+CPU = dispatch.Target("cpu", "cpu")
+
+
+@pytest.fixture
+def nothing_kept():
+    """Compiled programs stay in memory, as without a cache."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def available(nothing_kept):
+    if reason := dispatch.onednn(CPU):
+        pytest.skip(reason)
+
+
+def wide_reference(name, arrays, options):
+    """The results and gradients of plain JAX in float64."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda t: jnp.asarray(t, jnp.float64), arrays)
+        if "dtypes" in options:
+            options = options | {"dtypes": (jnp.float64,) * len(options["dtypes"])}
+        function = examples.FUNCTIONS[name]
+        return value_and_gradients(
+            lambda arrays: function(**arrays, **options, implementation="xla"), wide
+        )
+
+
+def compare(name, arrays, options, tolerance):
+    operation = OPERATIONS[name]
+    assert operation.choose("onednn", **arrays, **options) == "onednn"
+    function = examples.FUNCTIONS[name]
+    found = value_and_gradients(
+        lambda arrays: function(**arrays, **options, implementation="onednn"), arrays
+    )
+    expected = wide_reference(name, arrays, options)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+TOLERANCES = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)]
+)
+
+
+@TOLERANCES
+@pytest.mark.parametrize("name", ROWS)
+def test_results_and_gradients_against_float64(available, name, dtype, tolerance):
+    arrays, options = examples.arguments(name, dtype)
+    if name == "mlp":
+        arrays["branch_scale"] = None
+    compare(name, arrays, options, tolerance)
+
+
+@TOLERANCES
+@pytest.mark.parametrize("activation", [None, "silu", "relu"])
+@pytest.mark.parametrize(
+    ("stride", "residual", "relu_input"),
+    [(1, False, False), (1, True, False), (1, False, True), (2, False, False), (2, False, True)],
+)
+def test_every_depthwise_convolution(
+    available, stride, residual, relu_input, activation, dtype, tolerance
+):
+    arrays, _ = examples.arguments("depthwise_conv", dtype)
+    options = {"stride": stride, "activation": activation, "residual": residual}
+    compare("depthwise_conv", arrays, options | {"relu_input": relu_input}, tolerance)
+
+
+@pytest.mark.parametrize("activation", list(onednn.ACTIVATIONS))
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_parts_of_a_product(available, activation, residual):
+    rng = np.random.default_rng(0)
+    a, b, r = (rng.standard_normal(s, np.float32) for s in ((70, 33), (33, 50), (70, 50)))
+    bias = rng.standard_normal(50, np.float32)
+    found = jax.jit(onednn.matmul, static_argnames="activation")(
+        a, b, bias, r if residual else None, activation=activation
+    )
+    wide = a.astype(np.float64) @ b + bias
+    with jax.enable_x64(True):
+        functions = {"gelu": lambda y: jax.nn.gelu(y, approximate=False), "silu": jax.nn.silu,
+                     "relu": jax.nn.relu, None: lambda y: y}  # fmt: skip
+        expected = functions[activation](wide) + (r if residual else 0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_bias_is_added_before_the_rounding(available):
+    x, kernel = jnp.full((1, 2), 16.0, jnp.bfloat16), jnp.asarray([[16.0], [0.0625]])
+    found = examples.FUNCTIONS["linear"](x, kernel, jnp.asarray([1.0]), implementation="onednn")
+    assert found[0, 0] == 258  # 257 lies between bfloat16's 256 and 258
+
+
+def test_under_vmap(available):
+    arrays, options = examples.arguments("depthwise_conv")
+    function = examples.FUNCTIONS["depthwise_conv"]
+    x = jnp.stack([arrays.pop("x")] * 3) * jnp.asarray([1.0, 2, 3])[:, None, None, None, None]
+
+    def call(x):
+        return function(x=x, **arrays, **options, implementation="onednn")
+
+    np.testing.assert_allclose(jax.vmap(call)(x), [call(part) for part in x], atol=1e-6)
+
+
+def test_it_is_the_choice_of_such_a_cpu(available):
+    arrays, options = examples.arguments("linear")
+    assert OPERATIONS["linear"].choose(None, **arrays, **options) == "onednn"
+    assert OPERATIONS["linear"].choose("xla", **arrays, **options) == "xla"
+    with dispatch.portable():
+        assert OPERATIONS["linear"].choose(None, **arrays, **options) == "xla"
+    with dispatch.automatic_gradients():
+        assert OPERATIONS["linear"].choose(None, **arrays, **options) == "xla"
+    half = arrays | {"x": arrays["x"].astype(jnp.float16)}
+    assert OPERATIONS["linear"].choose(None, **half, **options) == "xla"
+
+
+def test_multiply_adds_are_counted_with_it(available):
+    model = abstract(lambda rngs: VSSD(VSSDConfig.nano(), num_classes=10, rngs=rngs))
+    with dispatch.portable():
+        expected = count_multiply_adds(model, (64, 64))
+    assert count_multiply_adds(model, (64, 64)) == expected > 1e6
+
+
+def test_a_program_that_is_kept_on_disk_does_without_it(monkeypatch):
+    monkeypatch.setattr(host, "has_amx", lambda: True)
+    monkeypatch.setattr(host, "keeps_programs", lambda: True)
+    assert "VSSD_JAX_CACHE=0" in dispatch.onednn(CPU)
+    arrays, options = examples.arguments("linear")
+    assert OPERATIONS["linear"].choose(None, **arrays, **options) == "xla"
+    with pytest.raises(UserError, match="cannot be kept on disk"):
+        OPERATIONS["linear"].choose("onednn", **arrays, **options)
+
+
+def test_other_devices_do_without_it(monkeypatch):
+    assert "gpu" in dispatch.onednn(dispatch.Target("gpu", "NVIDIA H200"))
+    monkeypatch.setattr(host, "has_amx", lambda: False)
+    assert "AMX" in dispatch.onednn(CPU)
+
+
+def test_a_version_of_xla_without_it_is_found_out(monkeypatch):
+    def unknown(name, *args):
+        raise jax.errors.JaxRuntimeError(f"UNIMPLEMENTED: __onednn${name}\nand more")
+
+    monkeypatch.setattr(onednn, "_call", unknown)
+    assert onednn.missing.__wrapped__() == (
+        "XLA's oneDNN does not work here (UNIMPLEMENTED: __onednn$matmul)"
+    )
+
+    def wrong(name, config, shape, dtype, x, *rest):
+        return jnp.zeros(shape, dtype or x.dtype)
+
+    monkeypatch.setattr(onednn, "_call", wrong)
+    assert "does not work" in onednn.missing.__wrapped__()

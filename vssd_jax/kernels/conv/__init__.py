@@ -1,0 +1,3 @@
+from vssd_jax.kernels.conv.api import OPERATION, conv
+
+__all__ = ["OPERATION", "conv"]
