@@ -35,21 +35,50 @@ def matmul(
     """`activation(a b + bias) + residual`, accumulated in float32 and rounded once.
 
     Args:
-      a: (M, K), or (K, M) with `transpose="left"`.
-      b: (K, N), or (N, K) with `transpose="right"`; in the dtype of `a`, one of `DTYPES`.
-      bias: (N,).
-      residual: (M, N).
+      a: (..., M, K), or (..., K, M) with `transpose="left"`.
+      b: (..., K, N), or (..., N, K) with `transpose="right"`; in the dtype of `a`, one of `DTYPES`.
+      bias: (N,); for matrices alone.
+      residual: (..., M, N).
       transpose: which of the two is transposed, if any.
       activation: a key of `ACTIVATIONS`.
       dtype: of the result; None for that of `a`.
 
     Returns:
-      (M, N).
+      (..., M, N).
     """
-    shape = a.shape[transpose == "left"], b.shape[transpose != "right"]
+    rows, columns = -1 if transpose == "left" else -2, -2 if transpose == "right" else -1
+    shape = *a.shape[:-2], a.shape[rows], b.shape[columns]
     config = {"transpose_a": transpose == "left", "transpose_b": transpose == "right"}
     row = None if bias is None else bias[None]
     return _call("matmul", config, shape, dtype, a, b, row, activation, residual)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(
+    a: Array, b: Array, transpose: str | None = None, dtype: jax.typing.DTypeLike = f32
+) -> Array:
+    """`matmul` of two arrays alone, with a gradient of such products.
+
+    That of the result is rounded to the dtype of `a` and `b`.
+    """
+    return matmul(a, b, transpose=transpose, dtype=dtype)
+
+
+def _product_gradients(
+    transpose: str | None, dtype: jax.typing.DTypeLike, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    a, b = saved
+    dy = dy.astype(a.dtype)
+    if transpose is None:
+        return matmul(dy, b, transpose="right"), matmul(a, dy, transpose="left")
+    if transpose == "left":
+        return matmul(b, dy, transpose="right"), matmul(a, dy)
+    return matmul(dy, b), matmul(dy, a, transpose="left")
+
+
+product.defvjp(
+    lambda a, b, transpose, dtype: (product(a, b, transpose, dtype), (a, b)), _product_gradients
+)
 
 
 def convolution(

@@ -1,5 +1,7 @@
 """NC-SSD in plain JAX."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -9,9 +11,15 @@ from vssd_jax.kernels.layer_norm import layer_norm
 
 
 def nc_ssd(
-    xbc: Array, token_weights: Array, d: Array, *, inner: int, groups: int
+    xbc: Array,
+    token_weights: Array,
+    d: Array,
+    *,
+    inner: int,
+    groups: int,
+    matmul: Callable[..., Array] = products.matmul,
 ) -> Array:
-    """See `vssd_jax.kernels.nc_ssd.api.nc_ssd`."""
+    """See `vssd_jax.kernels.nc_ssd.api.nc_ssd`; `matmul` as that of `products`."""
     batch, length, width = xbc.shape
     head_dim = inner // token_weights.shape[-1]
     x, b, c = jnp.split(xbc, (inner, (inner + width) // 2), axis=-1)
@@ -28,8 +36,8 @@ def nc_ssd(
     weighted = by_group(weighted, head_dim)
     b, c = (by_group(t, t.shape[-1] // groups) for t in (b, c))
     # The state is a sum over all tokens, hence the wide accumulator.
-    state = products.matmul(b, weighted, transpose="left")
-    y = products.matmul(c, state.astype(c.dtype))
+    state = matmul(b, weighted, transpose="left")
+    y = matmul(c, state.astype(c.dtype))
     y = jnp.moveaxis(y.reshape(batch, groups, length, -1, head_dim), 1, 3).reshape(x.shape)
     y = y + jnp.repeat(d, head_dim).astype(acc) * x.astype(acc)
     return y.astype(x.dtype)
@@ -47,8 +55,9 @@ def nc_ssd_gated(
     groups: int,
     epsilon: float,
     silu: bool = False,
+    matmul: Callable[..., Array] = products.matmul,
 ) -> Array:
-    """See `vssd_jax.kernels.nc_ssd.api.nc_ssd_gated`."""
+    """See `vssd_jax.kernels.nc_ssd.api.nc_ssd_gated`; `matmul` as that of `products`."""
     xbc = jax.nn.silu(xbc) if silu else xbc
-    y = nc_ssd(xbc, token_weights, d, inner=inner, groups=groups)
+    y = nc_ssd(xbc, token_weights, d, inner=inner, groups=groups, matmul=matmul)
     return layer_norm(y, scale, bias, z, epsilon, implementation="xla")

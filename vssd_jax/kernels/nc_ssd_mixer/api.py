@@ -11,6 +11,9 @@ OPERATION = dispatch.Operation(
         "pallas": dispatch.Implementation(
             "vssd_jax.kernels.nc_ssd_mixer.pallas", dispatch.pallas_triton, backward=False
         ),
+        "onednn": dispatch.Implementation(
+            "vssd_jax.kernels.nc_ssd_mixer.onednn", dispatch.onednn, backward=False
+        ),
         "xla": dispatch.plain("vssd_jax.kernels.nc_ssd_mixer.xla"),
     },
     parts=(

@@ -22,6 +22,32 @@ def nc_ssd_mixer(
     implementation: str | None = None,
 ) -> Array:
     """See `vssd_jax.kernels.nc_ssd_mixer.api.nc_ssd_mixer`; `implementation` is the parts'."""
+    y = before_projection(
+        xbc,
+        token_weights,
+        z,
+        params,
+        groups=groups,
+        epsilon=epsilon,
+        implementation=implementation,
+    )
+    branch = linear(
+        y.reshape(*x.shape[:-1], -1), params.out_kernel, implementation=implementation
+    )
+    return add_branch(x, branch, branch_scale, implementation=implementation)
+
+
+def before_projection(
+    xbc: Array,
+    token_weights: Array,
+    z: Array,
+    params: MixerParams,
+    *,
+    groups: int,
+    epsilon: float,
+    implementation: str | None = None,
+) -> Array:
+    """(B, tokens, inner), what `nc_ssd_mixer` projects and adds."""
     inner = z.shape[-1]
     silu_on_load = applies_silu_on_load(
         xbc, token_weights, inner=inner, groups=groups, implementation=implementation
@@ -36,7 +62,7 @@ def nc_ssd_mixer(
     xbc, token_weights, z = (
         t.reshape(t.shape[0], -1, t.shape[-1]) for t in (xbc, token_weights, z)
     )
-    y = nc_ssd_gated(
+    return nc_ssd_gated(
         xbc,
         token_weights,
         params.d,
@@ -49,7 +75,3 @@ def nc_ssd_mixer(
         silu=silu_on_load,
         implementation=implementation,
     )
-    branch = linear(
-        y.reshape(*x.shape[:-1], -1), params.out_kernel, implementation=implementation
-    )
-    return add_branch(x, branch, branch_scale, implementation=implementation)

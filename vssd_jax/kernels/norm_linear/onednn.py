@@ -7,7 +7,6 @@ from jax import Array
 
 from vssd_jax.kernels import dispatch, onednn
 from vssd_jax.kernels.layer_norm import layer_norm
-from vssd_jax.kernels.linear.onednn import project
 
 
 def supports(x: Array, dtypes: tuple[jax.typing.DTypeLike, ...], **_: object) -> str | None:
@@ -27,7 +26,9 @@ def norm_linear(
 ) -> tuple[Array, ...]:
     """See `vssd_jax.kernels.norm_linear.api.norm_linear`."""
     normed = layer_norm(x, scale, bias, epsilon=epsilon)
-    parts = jnp.split(kernel, np.cumsum(widths)[:-1], axis=1)
+    rows = normed.reshape(-1, x.shape[-1])
+    parts = jnp.split(kernel.astype(x.dtype), np.cumsum(widths)[:-1], axis=1)
     return tuple(
-        project(normed, part, None, dtype) for part, dtype in zip(parts, dtypes, strict=True)
+        onednn.product(rows, part, None, dtype).reshape(*x.shape[:-1], -1)
+        for part, dtype in zip(parts, dtypes, strict=True)
     )
