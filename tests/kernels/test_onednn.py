@@ -1,6 +1,5 @@
 """The rows "onednn" of the operations' tables, on CPUs that have what they need."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +90,7 @@ def test_every_depthwise_convolution(
     compare("depthwise_conv", arrays, options | {"relu_input": relu_input}, tolerance)
 
 
-@pytest.mark.parametrize("activation", list(onednn.ACTIVATIONS))
+@pytest.mark.parametrize("activation", [None, *onednn.ACTIVATIONS])
 @pytest.mark.parametrize("residual", [False, True])
 def test_the_parts_of_a_product(available, activation, residual):
     rng = np.random.default_rng(0)
@@ -164,13 +163,46 @@ def test_a_version_of_xla_without_it_is_found_out(monkeypatch):
     def unknown(name, *args):
         raise jax.errors.JaxRuntimeError(f"UNIMPLEMENTED: __onednn${name}\nand more")
 
-    monkeypatch.setattr(onednn, "_call", unknown)
-    assert onednn.missing.__wrapped__() == (
-        "XLA's oneDNN does not work here (UNIMPLEMENTED: __onednn$matmul)"
+    with monkeypatch.context() as patch:
+        patch.setattr(onednn, "_call", unknown)
+        assert onednn.missing.__wrapped__() == (
+            "XLA's oneDNN does not work here (UNIMPLEMENTED: __onednn$matmul)"
+        )
+
+    def another(*operands, shape, dtype, **_):
+        return jnp.zeros(shape, dtype)
+
+    monkeypatch.setattr(onednn, "_plain", another)
+    assert "does not work here (Not equal" in onednn.missing.__wrapped__()
+
+
+def test_an_exported_program_has_plain_jax(available):
+    arrays, options = examples.arguments("mlp")
+    arrays["branch_scale"] = None
+    function = jax.jit(lambda arrays: examples.FUNCTIONS["mlp"](**arrays, **options))
+    assert "custom_call @__onednn$matmul" in function.lower(arrays).as_text()
+    exported = jax.export.export(function)(arrays)
+    assert "custom_call @__onednn" not in exported.mlir_module()
+    np.testing.assert_allclose(exported.call(arrays), function(arrays), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", onednn.DTYPES)
+def test_plain_jax_computes_the_same(available, dtype):
+    rng = np.random.default_rng(0)
+    x, k, w = (
+        jnp.asarray(rng.standard_normal(s), dtype) for s in ((2, 9, 7, 16), (3, 3, 1, 16), (16, 8))
     )
 
-    def wrong(name, config, shape, dtype, x, *rest):
-        return jnp.zeros(shape, dtype or x.dtype)
+    def calls(x, k, w):
+        y = onednn.convolution(
+            x, k, x[0, 0, 0].astype(jnp.float32), x, padding=1, groups=16, activation="silu"
+        )
+        rows = y.reshape(-1, 16)
+        return onednn.matmul(rows, w, w[0], activation="gelu"), onednn.product(rows, rows, "right")
 
-    monkeypatch.setattr(onednn, "_call", wrong)
-    assert "does not work" in onednn.missing.__wrapped__()
+    with jax.disable_jit():
+        expected = calls(x, k, w)
+    for a, b in zip(jax.jit(calls)(x, k, w), expected, strict=True):
+        tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+        a, b = (np.asarray(t, np.float64) for t in (a, b))
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
