@@ -11,6 +11,7 @@ write a program with such calls to disk; exported, it has plain JAX in their pla
 import concurrent.futures
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -200,7 +201,7 @@ def _plain(
     return y.astype(to["dtype"])
 
 
-_PLAIN = {
+_PLAIN: dict[str, Callable[[Array], Array]] = {
     "GELU_ERF": functools.partial(jax.nn.gelu, approximate=False),
     "SWISH": jax.nn.silu,
     "RELU": jax.nn.relu,
