@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 
 from vssd_jax.kernels import mesh, tiles
 
-BLOCK = 2048  # values of a program
+BLOCK = 1024  # values of a program
 # Arrays of a launch: the pointers of more stay in registers, or spill.
-ARRAYS = 64
+ARRAYS = 48
 
 Constants = tuple[float, ...]
 
@@ -86,9 +86,7 @@ def _launch(
         offsets.append(offset)
         programs += pl.cdiv(array.size, BLOCK)
         offset += array.size
-    kernel = functools.partial(
-        _kernel, f=f, starts=starts, offsets=offsets, constants=constants, kinds=len(arrays)
-    )
+    kernel = functools.partial(_kernel, f=f, starts=starts, offsets=offsets, constants=constants)
     found = tiles.call(
         kernel,
         "multi_tensor",
@@ -109,32 +107,30 @@ def _kernel(
     starts: Sequence[int],
     offsets: Sequence[int],
     constants: Sequence[Constants],
-    kinds: int,
 ) -> None:
     # The results alone: they lie where the arrays do, and half as many pointers are enough.
     count, refs = len(starts), refs[len(refs) // 2 :]
     program = pl.program_id(0)
 
-    def block(i: int) -> tiles.Span:
-        return tiles.span((program - starts[i]) * BLOCK, BLOCK, refs[i].size)
+    index = jnp.arange(BLOCK)
 
     def load(i: int) -> tuple[Array, ...]:
         first = (program - starts[i]) * BLOCK
-        values = (tiles.load(ref, block(i)) for ref in refs[i::count])
-        return first + offsets[i], refs[i].size - first, *values
+        size = refs[i].size - first
+        block = first + index, index < size
+        return first, first + offsets[i], size, *(tiles.load(ref, block) for ref in refs[i::count])
 
-    first, size, *values = _branch(load, program, starts)
-    index = jnp.arange(BLOCK)
-    part = tiles.load(vector_ref, (first + index, index < size))
+    first, first_of_vector, size, *values = _branch(load, program, starts)
+    valid = index < size
+    part = tiles.load(vector_ref, (first_of_vector + index, valid))
     dtype = vector_ref.dtype
     chosen = [_choose(kind, program, starts, dtype) for kind in zip(*constants, strict=True)]
-    scalars = [scalars_ref[i] for i in range(scalars_ref.size)]
-    new = f(part, *values, *chosen, *scalars)
-    assert len(new) == kinds
+    new = f(part, *values, *chosen, *(scalars_ref[i] for i in range(scalars_ref.size)))
+    block = first + index, valid
 
     def store(i: int) -> tuple[()]:
         for ref, value in zip(refs[i::count], new, strict=True):
-            tiles.store(ref, value, block(i))
+            tiles.store(ref, value, block)
         return ()
 
     _branch(store, program, starts)

@@ -10,7 +10,7 @@ import optax
 from vssd_jax.kernels import dispatch
 from vssd_jax.models.split import Arrays
 from vssd_jax.training.optimizer import Split
-from vssd_jax.training.packed import pack
+from vssd_jax.training.packed import Packed, pack
 from vssd_jax.training.state import TrainState
 
 
@@ -19,7 +19,7 @@ def apply_gradient(
     split: Split | None,
     ema_decay: float,
     state: TrainState,
-    gradient: Arrays,
+    gradient: Arrays | Packed,
     batch_stats: Arrays,
     loss: jax.Array,
 ) -> tuple[TrainState, jax.Array, jax.Array]:
@@ -38,7 +38,11 @@ def apply_gradient(
       The state after the step, the norm of the gradient, and whether both it and the loss are
       finite. Where they are not, nothing but the counters has changed.
     """
-    norm = optax.tree.norm(pack(gradient) if split else gradient)
+    if split:
+        # Once, for the norm here, in clipping, and the moments. The barrier keeps XLA from putting
+        # the vector together again for each of its slices.
+        gradient = jax.lax.optimization_barrier(pack(gradient))
+    norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     # In an array, for XLA's sake: see `vssd_jax.kernels.shared_one`.
     finite = jax.lax.optimization_barrier(jnp.full(2, finite))[0]
@@ -54,7 +58,7 @@ def in_plain_jax(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     state: TrainState,
-    gradient: Arrays,
+    gradient: Arrays | Packed,
     batch_stats: Arrays,
     finite: jax.Array,
 ) -> TrainState:
@@ -74,7 +78,7 @@ def in_few_kernels(
     split: Split,
     ema_decay: float,
     state: TrainState,
-    gradient: Arrays,
+    gradient: Arrays | Packed,
     batch_stats: Arrays,
     finite: jax.Array,
 ) -> TrainState:

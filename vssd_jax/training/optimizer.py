@@ -174,7 +174,7 @@ def make_optimizer(
       schedule: the learning rate by step.
       mask: which parameters have weight decay, see `decayed`.
       rates: factors of the learning rate, see `layer_rates`.
-      packed: whether gradients are clipped and moments kept as one vector.
+      packed: whether gradients are clipped and moments kept as one vector; they may come as one.
       split: whether to leave weight decay and `rates` to a kernel, see `Split`. The state is the
         same.
     """
@@ -216,9 +216,8 @@ def _clipped_adam(
         return adam.init(pack(params) if packed else params)
 
     def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if packed:
-            # The barrier keeps XLA from putting the vector together again for each of its slices.
-            gradient = jax.lax.optimization_barrier(pack(gradient))
+        if packed and not isinstance(gradient, Packed):
+            gradient = pack(gradient)
         gradient, _ = clip.update(gradient, optax.EmptyState())
         updates, state = adam.update(gradient, state)
         return unpack(updates) if packed and not split else updates, state

@@ -171,6 +171,8 @@ def count(text, images):
                 continue
             called = re.search(r"calls=%([\w.\-]+)", line)
             parts = sliced.get(called[1], {}) if called else {}
+            if "multi_tensor" in line:  # of its vector as much as of each kind of its arrays
+                parts = {0: sizes[name] / 2}
             read = sum(
                 min(sizes.get(operand, 0), parts.get(number, math.inf))
                 for number, operand in enumerate(names_of(operands))
