@@ -72,7 +72,7 @@ def test_kernels_do_as_plain_jax_does(clip, rates, interpreted, x64):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13)
-    assert int(found[0].step) == 6 and int(found[0].nonfinite) == 0
+    assert (int(found[0].step), int(found[0].nonfinite)) == (6, 0)
 
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
@@ -82,6 +82,6 @@ def test_what_is_not_finite_changes_nothing_bit_for_bit(value, interpreted):
     state, [(_, finite)] = steps(1.0, RATES, True, [gradient])
     assert not finite
     before = first_state(make_optimizer(*fields(1.0, RATES), packed=True))
-    assert int(state.nonfinite) == 3 and int(state.step) == 4
+    assert (int(state.step), int(state.nonfinite)) == (4, 3)
     for part in ("params", "batch_stats", "opt_state", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, part), getattr(before, part))

@@ -95,8 +95,10 @@ def _launch(
         (vector, scalars, *flat),
         aliases={2 + i: i for i in range(len(flat))},
     )
-    shaped = [new.reshape(old.shape) for new, old in zip(found, sum(arrays, []), strict=True)]
-    return [shaped[i : i + count] for i in range(0, len(shaped), count)]
+    return [
+        [new.reshape(old.shape) for new, old in zip(found[i * count :], values, strict=False)]
+        for i, values in enumerate(arrays)
+    ]
 
 
 def _kernel(

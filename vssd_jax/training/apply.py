@@ -19,7 +19,7 @@ def apply_gradient(
     split: Split | None,
     ema_decay: float,
     state: TrainState,
-    gradient: Arrays | Packed,
+    gradient: Arrays,
     batch_stats: Arrays,
     loss: jax.Array,
 ) -> tuple[TrainState, jax.Array, jax.Array]:
@@ -38,18 +38,17 @@ def apply_gradient(
       The state after the step, the norm of the gradient, and whether both it and the loss are
       finite. Where they are not, nothing but the counters has changed.
     """
-    if split:
-        # Once, for the norm here, in clipping, and the moments. The barrier keeps XLA from putting
-        # the vector together again for each of its slices.
-        gradient = jax.lax.optimization_barrier(pack(gradient))
-    norm = optax.tree.norm(gradient)
+    # Packed once, for the norm here, clipping and moments. The barrier keeps XLA from putting the
+    # vector together again for each of its slices.
+    packed = jax.lax.optimization_barrier(pack(gradient)) if split else gradient
+    norm = optax.tree.norm(packed)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     # In an array, for XLA's sake: see `vssd_jax.kernels.shared_one`.
     finite = jax.lax.optimization_barrier(jnp.full(2, finite))[0]
     if split is None or dispatch.pallas_triton(dispatch.target()):
-        new = in_plain_jax(optimizer, ema_decay, state, gradient, batch_stats, finite)
+        new = in_plain_jax(optimizer, ema_decay, state, packed, batch_stats, finite)
     else:
-        new = in_few_kernels(split, ema_decay, state, gradient, batch_stats, finite)
+        new = in_few_kernels(split, ema_decay, state, packed, batch_stats, finite)
     nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
     return dataclasses.replace(new, step=state.step + 1, nonfinite=nonfinite), norm, finite
 

@@ -179,19 +179,17 @@ def make_optimizer(
         same.
     """
     decay = optax.add_decayed_weights(config.weight_decay, mask)
-    factors = optax.stateless(
-        lambda updates, _: {name: update * rates[name] for name, update in updates.items()}
-    )
-    if split:
-        decay, factors = _alongside(config.weight_decay), optax.identity()
     adamw = optax.chain(
-        _clipped_adam(config, packed, split), decay, optax.scale_by_learning_rate(schedule)
+        _clipped_adam(config, packed, split),
+        _alongside(config.weight_decay) if split else decay,
+        optax.scale_by_learning_rate(schedule),
     )
     parts = [adamw]
     if config.clip_grad_norm:
         parts.insert(0, optax.identity())  # adamw's place in checkpoints, where clipping was apart
     if rates is not None:
-        parts.append(factors)
+        scaled = optax.stateless(lambda updates, _: {n: updates[n] * rates[n] for n in updates})
+        parts.append(optax.identity() if split else scaled)
     return parts[0] if len(parts) == 1 else optax.chain(*parts)
 
 

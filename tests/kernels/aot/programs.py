@@ -78,7 +78,8 @@ def compile_for(arch, f, avals, donated=(), **options):
     avals = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), avals
     )
-    return jax.jit(f, donate_argnums=donated).trace(*avals).lower().compile(compiler_options=options)
+    traced = jax.jit(f, donate_argnums=donated).trace(*avals)
+    return traced.lower().compile(compiler_options=options)
 
 
 def tracing_for(arch):
@@ -171,7 +172,7 @@ def count(text, images):
                 continue
             called = re.search(r"calls=%([\w.\-]+)", line)
             parts = sliced.get(called[1], {}) if called else {}
-            if "multi_tensor" in line:  # of its vector as much as of each kind of its arrays
+            if "multi_tensor" in line:  # of its vector no more than it writes of parameters
                 parts = {0: sizes[name] / 2}
             read = sum(
                 min(sizes.get(operand, 0), parts.get(number, math.inf))
