@@ -28,7 +28,10 @@ ALLOWED = {
     "kernels": {"kernels", *GROUND},
     "data": {"data", *GROUND},
     "tasks": {"tasks", "models", "data", *GROUND},
-    "training": {"training", "tasks.protocol", "models", "weights", *GROUND},
+    "training": {
+        "training", "tasks.protocol", "models", "weights",
+        "kernels.dispatch", "kernels.multi_tensor", *GROUND,
+    },
 }
 
 

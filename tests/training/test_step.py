@@ -1,5 +1,7 @@
 """One step: micro-batches, and what is not finite."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from flax import nnx
 
 from vssd_jax.models.split import SplitModel
+from vssd_jax.training.apply import apply_gradient
 from vssd_jax.training.state import init_state
 from vssd_jax.training.step import make_train_step
 
@@ -31,7 +34,8 @@ def _line_step(accumulate=1):
         return jnp.square(error).mean(), {"error": jnp.abs(error).mean()}
 
     state = init_state(model, optimizer, jax.random.key(0))
-    step = make_train_step(model, optimizer, loss, ema_decay=0.75, accumulate=accumulate)
+    apply = functools.partial(apply_gradient, optimizer, None, 0.75)
+    step = make_train_step(model, apply, loss, accumulate=accumulate)
     return state, step
 
 

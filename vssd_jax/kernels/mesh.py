@@ -35,6 +35,15 @@ def over_batch(f: Callable, batched: Any, shared: Any) -> Any:
     return split(batched, shared)
 
 
+def everywhere(f: Callable, *args: Any) -> Any:
+    """`f(*args)` on every device of the mesh, with whole arrays."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not _batch_axes(0):
+        return f(*args)
+    spec = PartitionSpec()
+    return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*args)
+
+
 def too_large(x: jax.Array | jax.ShapeDtypeStruct, factor: int = 1) -> str | None:
     """Why a kernel with indices of 32 bits cannot take the part of `x` (B, ...) of one device.
 

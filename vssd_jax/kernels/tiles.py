@@ -208,8 +208,12 @@ def call(
     *,
     num_warps: int = 4,
     num_stages: int = 2,
+    aliases: dict[int, int] | None = None,
 ) -> Any:
-    """Runs `kernel` on whole arrays; on a CPU, for tests, in the interpreter."""
+    """Runs `kernel` on whole arrays; on a CPU, for tests, in the interpreter.
+
+    `aliases` has the number of the result that is written over an argument, by the argument's.
+    """
     interpret = dispatch.target().platform == "cpu"
     # Always name Triton's parameters: without them some versions of JAX choose another backend.
     params = plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages)
@@ -219,5 +223,6 @@ def call(
         out_shape=out_shape,
         compiler_params=None if interpret else params,
         interpret=interpret,
+        input_output_aliases=aliases or {},
         name=name,
     )(*args)

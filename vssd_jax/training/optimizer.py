@@ -1,7 +1,7 @@
 """Learning-rate schedules and the optimizer, from the fields of a config."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from vssd_jax.config import total_steps
 from vssd_jax.errors import UserError, did_you_mean
 from vssd_jax.models import family
 from vssd_jax.models.split import SplitModel
-from vssd_jax.training.packed import pack, unpack
+from vssd_jax.training.packed import Packed, pack, unpack
 
 
 def make_schedule(config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
@@ -133,6 +133,31 @@ def layer_rates(config: ml_collections.ConfigDict, names: Iterable[str]) -> dict
     return {name: rate(name) for name in names}
 
 
+class Split(NamedTuple):
+    """An optimizer on vectors, without what is done to each parameter in its own way.
+
+    Attributes:
+      update: `(gradient, state) -> ((updates, factor), state)`: the updates, as `Packed`, before
+        weight decay and factors of the learning rate; and that of parameters that decay.
+      constants: of each parameter by name: 1 where it decays, or 0; and its learning rate's factor.
+    """
+
+    update: Callable[[Any, Any], tuple[tuple[Packed, jax.Array], Any]]
+    constants: dict[str, tuple[float, float]]
+
+
+def make_split(
+    config: ml_collections.ConfigDict,
+    schedule: optax.Schedule,
+    mask: dict[str, bool],
+    rates: dict[str, float] | None = None,
+) -> Split:
+    """The `Split` of the packed optimizer that `make_optimizer` gives for these arguments."""
+    optimizer = make_optimizer(config, schedule, mask, rates, packed=True, split=True)
+    constants = {name: (float(mask[name]), rates[name] if rates else 1.0) for name in mask}
+    return Split(optimizer.update, constants)
+
+
 def make_optimizer(
     config: ml_collections.ConfigDict,
     schedule: optax.Schedule,
@@ -140,6 +165,7 @@ def make_optimizer(
     rates: dict[str, float] | None = None,
     *,
     packed: bool = False,
+    split: bool = False,
 ) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay, after clipping by the global norm.
 
@@ -148,24 +174,37 @@ def make_optimizer(
       schedule: the learning rate by step.
       mask: which parameters have weight decay, see `decayed`.
       rates: factors of the learning rate, see `layer_rates`.
-      packed: whether gradients are clipped and moments kept as one vector.
+      packed: whether gradients are clipped and moments kept as one vector; they may come as one.
+      split: whether to leave weight decay and `rates` to a kernel, see `Split`. The state is the
+        same.
     """
+    decay = optax.add_decayed_weights(config.weight_decay, mask)
     adamw = optax.chain(
-        _clipped_adam(config, packed),
-        optax.add_decayed_weights(config.weight_decay, mask),
+        _clipped_adam(config, packed, split),
+        _alongside(config.weight_decay) if split else decay,
         optax.scale_by_learning_rate(schedule),
     )
     parts = [adamw]
     if config.clip_grad_norm:
         parts.insert(0, optax.identity())  # adamw's place in checkpoints, where clipping was apart
     if rates is not None:
-        parts.append(
-            optax.stateless(lambda updates, _: {n: updates[n] * rates[n] for n in updates})
-        )
+        scaled = optax.stateless(lambda updates, _: {n: updates[n] * rates[n] for n in updates})
+        parts.append(optax.identity() if split else scaled)
     return parts[0] if len(parts) == 1 else optax.chain(*parts)
 
 
-def _clipped_adam(config: ml_collections.ConfigDict, packed: bool) -> optax.GradientTransformation:
+def _alongside(factor: float) -> optax.GradientTransformation:
+    """Takes a factor along with the updates, which what follows scales as it scales them."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return (updates, jnp.asarray(factor)), state
+
+    return optax.GradientTransformation(optax.identity().init, update)
+
+
+def _clipped_adam(
+    config: ml_collections.ConfigDict, packed: bool, split: bool
+) -> optax.GradientTransformation:
     b1, b2 = config.betas
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=config.epsilon)
     limit = config.clip_grad_norm
@@ -175,11 +214,10 @@ def _clipped_adam(config: ml_collections.ConfigDict, packed: bool) -> optax.Grad
         return adam.init(pack(params) if packed else params)
 
     def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if packed:
-            # The barrier keeps XLA from putting the vector together again for each of its slices.
-            gradient = jax.lax.optimization_barrier(pack(gradient))
+        if packed and not isinstance(gradient, Packed):
+            gradient = pack(gradient)
         gradient, _ = clip.update(gradient, optax.EmptyState())
         updates, state = adam.update(gradient, state)
-        return unpack(updates) if packed else updates, state
+        return unpack(updates) if packed and not split else updates, state
 
     return optax.GradientTransformation(init, update)

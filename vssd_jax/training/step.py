@@ -1,6 +1,7 @@
 """One optimizer step: as a plain function, and compiled with its model, optimizer and devices."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -8,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -18,6 +18,7 @@ from vssd_jax.models.casting import cast_together
 from vssd_jax.models.split import Arrays, SplitModel
 from vssd_jax.tasks.protocol import Task
 from vssd_jax.training import report
+from vssd_jax.training.apply import apply_gradient
 from vssd_jax.training.clock import Clock
 from vssd_jax.training.evaluator import Evaluator
 from vssd_jax.training.optimizer import (
@@ -26,8 +27,9 @@ from vssd_jax.training.optimizer import (
     layer_rates,
     make_optimizer,
     make_schedule,
+    make_split,
 )
-from vssd_jax.training.packed import pack, pack_all, unpack_all
+from vssd_jax.training.packed import pack_all, unpack_all
 from vssd_jax.training.plan import Plan
 from vssd_jax.training.sharding import (
     check_batch,
@@ -45,25 +47,21 @@ TrainStep = Callable[[TrainState, dict, jax.Array], tuple[TrainState, Metrics]]
 
 def make_train_step(
     model: SplitModel,
-    optimizer: optax.GradientTransformation,
+    apply: Callable[..., tuple[TrainState, jax.Array, jax.Array]],
     loss: Callable[..., tuple[jax.Array, Metrics]],
     *,
-    ema_decay: float,
     accumulate: int = 1,
     frozen: Collection[str] = (),
-    packed: bool = False,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> TrainStep:
     """One optimizer step, to be compiled by the caller.
 
     Args:
       model: the split model.
-      optimizer: of its parameters.
+      apply: does what follows from the gradient, see `apply_gradient`.
       loss: see `vssd_jax.tasks.protocol.Task.loss`.
-      ema_decay: of the average, over parameters and statistics alike.
       accumulate: micro-batches whose gradients one step averages.
       frozen: names of parameters that have no gradient.
-      packed: whether to take the norm of the gradient as that of one vector.
       dtype: in which the model computes.
 
     Returns:
@@ -124,20 +122,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: dict, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         gradient, batch_stats, metrics = gradient_of(state, batch, key)
-        norm = optax.tree.norm(pack(gradient) if packed else gradient)
-        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        # In an array, for XLA's sake: see `vssd_jax.kernels.shared_one`.
-        finite = jax.lax.optimization_barrier(jnp.full(2, finite))[0]
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update({**params, **batch_stats}, state.ema, 1 - ema_decay)
-        new = (params, batch_stats, opt_state, ema)
-        old = (state.params, state.batch_stats, state.opt_state, state.ema)
-        params, batch_stats, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), new, old
-        )
-        nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
-        state = TrainState(state.step + 1, params, batch_stats, opt_state, ema, nonfinite)
+        state, norm, finite = apply(state, gradient, batch_stats, metrics["loss"])
         skipped = 1 - finite.astype(jnp.float32)
         return state, {**metrics, "grad_norm": norm, "skipped": skipped}
 
@@ -160,6 +145,7 @@ class Trainer:
       abstract: the state's shapes, dtypes and shardings.
       named: the same, with the moments by name as in a checkpoint.
       evaluate: the `Evaluator` of the task and model.
+      apply: its last part: what a gradient does to the state, see `apply_gradient`.
       function: the step before it is compiled, see `make_train_step`.
 
     Raises:
@@ -177,13 +163,8 @@ class Trainer:
         self.frozen = {name for name, rate in (rates or {}).items() if rate == 0}
         # Moments in one vector could not be split over devices as the parameters are.
         packed = self.mesh.shape.get("fsdp", 1) == 1
-        self._optimizer = make_optimizer(
-            config,
-            self.learning_rate,
-            decayed(self.model, config.no_decay),
-            rates,
-            packed=packed,
-        )
+        fields = (config, self.learning_rate, decayed(self.model, config.no_decay), rates)
+        self._optimizer = make_optimizer(*fields, packed=packed)
         if self.frozen:
             say(f"{len(self.frozen)} of {len(self.model.parameter_shapes)} tensors are frozen")
         self._init_key, self._step_key = jax.random.split(jax.random.key(config.seed))
@@ -198,14 +179,14 @@ class Trainer:
             lambda named: pack_all(named, abstract.opt_state),
             out_shardings=self._shardings.opt_state,
         )
+        split = make_split(*fields) if packed else None
+        self.apply = functools.partial(apply_gradient, self._optimizer, split, config.ema_decay)
         self.function = make_train_step(
             self.model,
-            self._optimizer,
+            self.apply,
             task.loss,
-            ema_decay=config.ema_decay,
             accumulate=config.accumulate,
             frozen=self.frozen,
-            packed=packed,
             dtype=config.dtype,
         )
         self._step = jax.jit(

@@ -64,10 +64,10 @@ ROI_STRIDES = (4, 8, 16, 32)
 FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all"}
 
 
-def compile_for(arch, f, avals, **options):
+def compile_for(arch, f, avals, donated=(), **options):
     """`f` compiled for `arch`, inside `tracing_for(arch)`; `avals`: pytrees of ShapeDtypeStruct.
 
-    `options` are XLA's.
+    `donated` has the numbers of arguments that are, `options` are XLA's.
     """
     topology = topologies.get_topology_desc(
         platform="cuda",
@@ -78,7 +78,8 @@ def compile_for(arch, f, avals, **options):
     avals = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), avals
     )
-    return jax.jit(f).trace(*avals).lower().compile(compiler_options=options)
+    traced = jax.jit(f, donate_argnums=donated).trace(*avals)
+    return traced.lower().compile(compiler_options=options)
 
 
 def tracing_for(arch):
@@ -171,6 +172,8 @@ def count(text, images):
                 continue
             called = re.search(r"calls=%([\w.\-]+)", line)
             parts = sliced.get(called[1], {}) if called else {}
+            if "multi_tensor" in line:  # of its vector no more than it writes of parameters
+                parts = {0: sizes[name] / 2}
             read = sum(
                 min(sizes.get(operand, 0), parts.get(number, math.inf))
                 for number, operand in enumerate(names_of(operands))
@@ -375,25 +378,36 @@ def training_step(config):
     return trainer.function, [trainer.abstract, shapes_of(batch), key]
 
 
+def optimizer_step(config):
+    """What of it follows on the gradient."""
+    trainer, _ = real_step.training(config)
+    state = trainer.abstract
+    return trainer.apply, [state, state.params, state.batch_stats, shape()]
+
+
 def prediction(config):
     """What `eval.py` runs with a config, and the shapes of its arguments."""
     f, trainer, batch = real_step.prediction(config)
     return f, [trainer.abstract.ema, shapes_of(batch)]
 
 
+CONFIGURED = {"step": training_step, "optimizer": optimizer_step, "predict": prediction}
+
+
 def program(description):
     """What a description stands for -> function, shapes, images.
 
     `op NAME DTYPE DIRECTION`, `model NAME DTYPE DIRECTION`, or of a config, with an argument as in
-    "tiny:mesa", `step CONFIG` or `predict CONFIG`.
+    "tiny:mesa", `step CONFIG`, `optimizer CONFIG` (the step from the gradient on) or
+    `predict CONFIG`.
     """
     kind, *name = description.split(" ")
-    if kind in ("step", "predict"):
+    if kind in CONFIGURED:
         config = real_step.config_of(*name)
         classifies = config.task == "classification"
-        batch = 128 if classifies else 2 if kind == "step" else 8
+        batch = 128 if classifies else 8 if kind == "predict" else 2
         config.update(batch_size=batch, eval_batch_size=batch)
-        return *(training_step if kind == "step" else prediction)(config), batch
+        return *CONFIGURED[kind](config), batch
     *name, dtype, direction = name
     name, dtype, batch = " ".join(name), jnp.dtype(dtype), 128
     if name.startswith("roi_align"):
@@ -413,7 +427,8 @@ def measured(arch, description):
         if re.match("(step|predict) (mask_rcnn|upernet)", description):
             # XLA finds no tiles for some of their products without measuring: cuBLAS for all.
             options["xla_gpu_enable_triton_gemm"] = False
-        compiled = compile_for(arch, f, avals, **options)
+        donated = (0,) if re.match("step|optimizer", description) else ()  # as in a run
+        compiled = compile_for(arch, f, avals, donated, **options)
         figures = count(compiled.as_text(), images)
         figures["temporary_megabytes"] = round(compiled.memory_analysis().temp_size_in_bytes / 1e6)
         return figures | {"spills": spills(folder) if look else None}

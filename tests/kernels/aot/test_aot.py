@@ -34,7 +34,7 @@ def why_not():
     return None
 
 
-WHOLE = ("step ", "predict ")
+WHOLE = ("step ", "optimizer ", "predict ")
 
 
 @pytest.mark.parametrize("arch", list(RECORDED))

@@ -324,7 +324,7 @@ def states(
     sizes: Sizes,
     *,
     dtype: jnp.dtype,
-    **options: int,
+    **options: Any,
 ) -> Array:
     """Sums over the tokens: (B, heads, N, P) in `dtype`, accumulated in float32."""
     batch, chunks = args[0].shape[0], pl.cdiv(sizes.length, sizes.chunk)
