@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from tests.kernels import examples
+from tests.kernels import examples, rows
 from tests.kernels.test_tables import value_and_gradients
 from vssd_jax import host
 from vssd_jax.errors import UserError
@@ -124,6 +124,23 @@ def test_under_vmap(available):
     np.testing.assert_allclose(jax.vmap(call)(x), [call(part) for part in x], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["linear", "depthwise_conv", "nc_ssd"])
+def test_a_gradient_of_a_gradient(available, name):
+    arrays, options = examples.arguments(name)
+    function = examples.FUNCTIONS[name]
+
+    def slope(arrays, implementation):
+        def total(arrays):
+            return jnp.sin(function(**arrays, **options, implementation=implementation)).sum()
+
+        return sum(jnp.square(g).sum() for g in jax.tree.leaves(jax.grad(total)(arrays)))
+
+    found, expected = (jax.jit(jax.grad(slope), static_argnums=1)(arrays, row)
+                       for row in ("onednn", "xla"))  # fmt: skip
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
+
+
 def test_it_is_the_choice_of_such_a_cpu(available):
     arrays, options = examples.arguments("linear")
     assert OPERATIONS["linear"].choose(None, **arrays, **options) == "onednn"
@@ -151,6 +168,14 @@ def test_a_program_that_is_kept_on_disk_does_without_it(monkeypatch):
     assert OPERATIONS["linear"].choose(None, **arrays, **options) == "xla"
     with pytest.raises(UserError, match="cannot be kept on disk"):
         OPERATIONS["linear"].choose("onednn", **arrays, **options)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv"])
+def test_a_gpu_hears_nothing_of_it(name, caplog):
+    arrays, options = examples.arguments(name)
+    with rows.on_a_gpu():
+        assert OPERATIONS[name].choose(None, **arrays, **options) == "xla"
+    assert not caplog.records
 
 
 def test_other_devices_do_without_it(monkeypatch):

@@ -223,6 +223,11 @@ def plain(module: str, runs_on: Callable[[Target], str | None] = anywhere) -> Im
     return Implementation(module, runs_on, plain=True, partitioned=True)
 
 
+def by_onednn(module: str, *, backward: bool = True) -> Implementation:
+    """The row of an implementation with oneDNN's calls: see `vssd_jax.kernels.onednn`."""
+    return Implementation(module, onednn, backward=backward, announced=False)
+
+
 class Operation:
     """An operation with its implementations.
 

@@ -20,7 +20,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.interpreters import mlir
+from jax.interpreters import ad, batching, mlir
 
 f32 = jnp.float32
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -154,15 +154,14 @@ def _call(
     if residual is not None:
         operands.append(residual)
         steps.append("BINARY_ADD")
-    call = functools.partial(
-        _primitive.bind,
+    return _primitive.bind(
+        *operands,
         name=name,
         config=json.dumps(config),
         steps=tuple(steps),
         shape=shape,
         dtype=jnp.dtype(dtype or x.dtype),
     )
-    return jax.custom_batching.sequential_vmap(call)(*operands)
 
 
 _primitive = jax.extend.core.Primitive("onednn")
@@ -220,7 +219,35 @@ def _lower(context: mlir.LoweringRuleContext, *operands: Any, **parameters: Any)
     return call(context, *operands)
 
 
+def _differentiated(
+    operands: tuple[Array, ...], tangents: tuple[Any, ...], **parameters: Any
+) -> tuple[Array, Array]:
+    """Of a gradient that is differentiated again: by plain JAX."""
+    plain = functools.partial(_plain, **parameters)
+    return jax.jvp(plain, operands, tuple(map(ad.instantiate_zeros, tangents)))
+
+
+def _one_by_one(
+    operands: tuple[Array, ...], axes: tuple[int | None, ...], **parameters: Any
+) -> tuple[Array, int]:
+    """Under `jax.vmap`."""
+    mapped = [
+        jnp.moveaxis(x, axis, 0) for x, axis in zip(operands, axes, strict=True) if axis is not None
+    ]
+
+    def call(parts: list[Array]) -> Array:
+        rest = iter(parts)
+        return _primitive.bind(
+            *(x if axis is None else next(rest) for x, axis in zip(operands, axes, strict=True)),
+            **parameters,
+        )
+
+    return jax.lax.map(call, mapped), 0
+
+
 _primitive.def_impl(_plain)  # where nothing is compiled
+ad.primitive_jvps[_primitive] = _differentiated
+batching.primitive_batchers[_primitive] = _one_by_one
 mlir.register_lowering(_primitive, _lower, platform="cpu")
 
 

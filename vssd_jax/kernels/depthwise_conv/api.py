@@ -9,9 +9,7 @@ OPERATION = dispatch.Operation(
         "pallas": dispatch.Implementation(
             "vssd_jax.kernels.depthwise_conv.pallas", dispatch.pallas_triton, forward=False
         ),
-        "onednn": dispatch.Implementation(
-            "vssd_jax.kernels.depthwise_conv.onednn", dispatch.onednn
-        ),
+        "onednn": dispatch.by_onednn("vssd_jax.kernels.depthwise_conv.onednn"),
         "xla": dispatch.plain("vssd_jax.kernels.depthwise_conv.xla"),
     },
 )

@@ -6,7 +6,7 @@ from vssd_jax.types import Array, Float
 OPERATION = dispatch.Operation(
     "linear",
     {
-        "onednn": dispatch.Implementation("vssd_jax.kernels.linear.onednn", dispatch.onednn),
+        "onednn": dispatch.by_onednn("vssd_jax.kernels.linear.onednn"),
         "xla": dispatch.plain("vssd_jax.kernels.linear.xla"),
     },
 )

@@ -12,9 +12,7 @@ OPERATION = dispatch.Operation(
         "pallas": dispatch.Implementation(
             "vssd_jax.kernels.mlp.pallas", dispatch.pallas_triton, announced=False
         ),
-        "onednn": dispatch.Implementation(
-            "vssd_jax.kernels.mlp.onednn", dispatch.onednn, backward=False
-        ),
+        "onednn": dispatch.by_onednn("vssd_jax.kernels.mlp.onednn", backward=False),
         "xla": dispatch.plain("vssd_jax.kernels.mlp.xla"),
     },
     parts=(layer_norm.OPERATION, linear.OPERATION, gelu.OPERATION, add_branch.OPERATION),

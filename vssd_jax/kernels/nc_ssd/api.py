@@ -23,7 +23,7 @@ _TABLE = {
     "triton": dispatch.Implementation(
         "vssd_jax.kernels.nc_ssd.triton", _jax_triton, automatic=False
     ),
-    "onednn": dispatch.Implementation("vssd_jax.kernels.nc_ssd.onednn", dispatch.onednn),
+    "onednn": dispatch.by_onednn("vssd_jax.kernels.nc_ssd.onednn"),
     "xla": dispatch.plain("vssd_jax.kernels.nc_ssd.xla"),
 }
 OPERATION = dispatch.Operation("nc_ssd", _TABLE)

@@ -11,9 +11,7 @@ OPERATION = dispatch.Operation(
         "pallas": dispatch.Implementation(
             "vssd_jax.kernels.nc_ssd_mixer.pallas", dispatch.pallas_triton, backward=False
         ),
-        "onednn": dispatch.Implementation(
-            "vssd_jax.kernels.nc_ssd_mixer.onednn", dispatch.onednn, backward=False
-        ),
+        "onednn": dispatch.by_onednn("vssd_jax.kernels.nc_ssd_mixer.onednn", backward=False),
         "xla": dispatch.plain("vssd_jax.kernels.nc_ssd_mixer.xla"),
     },
     parts=(

@@ -11,7 +11,7 @@ OPERATION = dispatch.Operation(
         "pallas": dispatch.Implementation(
             "vssd_jax.kernels.norm_linear.pallas", dispatch.pallas_triton
         ),
-        "onednn": dispatch.Implementation("vssd_jax.kernels.norm_linear.onednn", dispatch.onednn),
+        "onednn": dispatch.by_onednn("vssd_jax.kernels.norm_linear.onednn"),
         "xla": dispatch.plain("vssd_jax.kernels.norm_linear.xla"),
     },
     parts=(layer_norm.OPERATION,),
