@@ -62,6 +62,13 @@ def compare(name, arrays, options, tolerance):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
 
 
+def inference(name, dtype):
+    """The arguments of an operation as an inference has them."""
+    arrays, options = examples.arguments(name, dtype)
+    absent = dict.fromkeys({"branch_scale", "gate"} & set(arrays))
+    return arrays | absent, options
+
+
 TOLERANCES = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)]
 )
@@ -70,10 +77,19 @@ TOLERANCES = pytest.mark.parametrize(
 @TOLERANCES
 @pytest.mark.parametrize("name", ROWS)
 def test_results_and_gradients_against_float64(available, name, dtype, tolerance):
-    arrays, options = examples.arguments(name, dtype)
-    if name == "mlp":
-        arrays["branch_scale"] = None
-    compare(name, arrays, options, tolerance)
+    compare(name, *inference(name, dtype), tolerance)
+
+
+@TOLERANCES
+@pytest.mark.parametrize("name", ROWS)
+def test_inference_against_float64(available, name, dtype, tolerance):
+    """Some rows are for it alone: where they are differentiated, another one runs."""
+    arrays, options = inference(name, dtype)
+    call = jax.jit(lambda arrays: examples.FUNCTIONS[name](**arrays, **options))
+    assert "@__onednn" in call.lower(arrays).as_text()
+    found = [np.asarray(t, np.float64) for t in jax.tree.leaves(call(arrays))]
+    for a, b in zip(found, wide_reference(name, arrays, options)):  # gradients follow
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
 
 
 @TOLERANCES

@@ -1,4 +1,4 @@
-"""Matrix products and convolutions by oneDNN, which XLA's runtime for CPUs contains.
+"""Matrix products, convolutions and LayerNorm by oneDNN, which XLA's runtime for CPUs contains.
 
 XLA's compiler leaves it aside, but its runtime runs oneDNN's calls wherever a program has them: one
 for a product with its bias, activation and sum, so that none of them is a trip through the memory.
@@ -133,6 +133,22 @@ def convolution(
     return _call("convolution", config, shape, None, x, kernel, bias, activation, residual)
 
 
+def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    """LayerNorm of each row of `x`, (R, C), in one of `DTYPES`; scale and bias: (C,)."""
+    # XLA's message has the bits of the number.
+    bits = int(np.float32(epsilon).view(np.int32))
+    return _primitive.bind(
+        x,
+        scale.astype(f32),
+        bias.astype(f32),
+        name="layernorm",
+        config=json.dumps({"rescale": "SCALE_AND_SHIFT", "epsilon_typecast": bits}),
+        steps=(),
+        shape=x.shape,
+        dtype=x.dtype,
+    )
+
+
 def _call(
     name: str,
     config: dict,
@@ -166,7 +182,11 @@ def _call(
 
 _primitive = jax.extend.core.Primitive("onednn")
 # The fields of XLA's messages.
-_MESSAGES = {"matmul": "onednn_matmul_config", "convolution": "onednn_conv_config"}
+_MESSAGES = {
+    "matmul": "onednn_matmul_config",
+    "convolution": "onednn_conv_config",
+    "layernorm": "onednn_layer_norm_config",
+}
 
 
 @_primitive.def_abstract_eval
@@ -179,6 +199,12 @@ def _plain(
 ) -> Array:
     """What a call computes, in plain JAX."""
     options = json.loads(config)
+    if name == "layernorm":
+        wide = x.astype(f32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        epsilon = np.int32(options["epsilon_typecast"]).view(np.float32)
+        rstd = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+        return (centred * rstd * weights + others[0]).astype(to["dtype"])
     if name == "matmul":
         a = jnp.swapaxes(x, -1, -2) if options["transpose_a"] else x
         b = jnp.swapaxes(weights, -1, -2) if options["transpose_b"] else weights
@@ -212,7 +238,9 @@ def _lower(context: mlir.LoweringRuleContext, *operands: Any, **parameters: Any)
     if context.module_context.lowering_parameters.for_export:
         return mlir.lower_fun(_plain, multiple_results=False)(context, *operands, **parameters)
     name, steps = parameters["name"], parameters["steps"]
-    config = json.loads(parameters["config"]) | {"fusions": {"ops": steps}}
+    config = json.loads(parameters["config"])
+    if steps:
+        config["fusions"] = {"ops": steps}
     call = jax.ffi.ffi_lowering(
         f"__onednn${name}", api_version=1, backend_config=json.dumps({_MESSAGES[name]: config})
     )
@@ -273,6 +301,7 @@ def _try() -> str | None:
             matmul(rows, dy_rows, transpose="left"),
             matmul(dy_rows, w, transpose="right"),
             convolution(x, taps, bias[:32], padding=1, stride=2, groups=32, activation="relu"),
+            layer_norm(dy_rows, bias, bias, 1e-3),
         )
 
     arrays = x, w, bias, dy, taps

@@ -10,6 +10,7 @@ OPERATION = dispatch.Operation(
         "pallas": dispatch.Implementation(
             "vssd_jax.kernels.expand_depthwise.pallas", dispatch.pallas_triton, announced=False
         ),
+        "onednn": dispatch.by_onednn("vssd_jax.kernels.expand_depthwise.onednn", backward=False),
         "xla": dispatch.plain("vssd_jax.kernels.expand_depthwise.xla"),
     },
     parts=(linear.OPERATION, depthwise_conv.OPERATION),

@@ -9,6 +9,7 @@ OPERATION = dispatch.Operation(
         "pallas": dispatch.Implementation(
             "vssd_jax.kernels.layer_norm.pallas", dispatch.pallas_triton, forward=False
         ),
+        "onednn": dispatch.by_onednn("vssd_jax.kernels.layer_norm.onednn"),
         "cpu": dispatch.plain("vssd_jax.kernels.layer_norm.cpu", dispatch.cpu),
         "xla": dispatch.plain("vssd_jax.kernels.layer_norm.xla"),
     },

@@ -19,10 +19,10 @@ def layer_norm(
     x: Array, scale: Array, bias: Array, gate: Array | None, epsilon: float
 ) -> Array:
     """See `vssd_jax.kernels.layer_norm.api.layer_norm`."""
-    return _forward(x, scale, bias, gate, epsilon)[0]
+    return forward(x, scale, bias, gate, epsilon)[0]
 
 
-def _forward(
+def forward(
     x: Array, scale: Array, bias: Array, gate: Array | None, epsilon: float
 ) -> tuple[Array, tuple]:
     wide = x.astype(wide_dtype(x))
@@ -34,7 +34,7 @@ def _forward(
     return y, (x, mean, rstd, scale, bias, gate)
 
 
-def _backward(
+def backward(
     epsilon: float, saved: tuple, dy: Array
 ) -> tuple[Array, Array, Array, Array | None]:
     x, mean, rstd, scale, bias, gate = saved
@@ -54,7 +54,7 @@ def _backward(
     return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype), dgate
 
 
-layer_norm.defvjp(_forward, _backward)
+layer_norm.defvjp(forward, backward)
 
 
 @jax.named_scope("channel_sum")
