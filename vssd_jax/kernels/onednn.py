@@ -22,9 +22,19 @@ import numpy as np
 from jax import Array
 from jax.interpreters import ad, batching, mlir
 
+from vssd_jax.kernels import dispatch
+from vssd_jax.kernels.layer_norm import xla
+
 f32 = jnp.float32
 DTYPES = (jnp.float32, jnp.bfloat16)
 ACTIVATIONS = {"gelu": "GELU_ERF", "silu": "SWISH", "relu": "RELU"}
+
+
+def supports(x: Array, branch_scale: Array | None = None, **_: object) -> str | None:
+    """Why an operation with these arguments cannot be computed by calls, or None."""
+    if branch_scale is not None:
+        return "it is for inference, without a scale of the branch"
+    return dispatch.wrong_dtype(x, *DTYPES)
 
 
 def matmul(
@@ -200,11 +210,8 @@ def _plain(
     """What a call computes, in plain JAX."""
     options = json.loads(config)
     if name == "layernorm":
-        wide = x.astype(f32)
-        centred = wide - wide.mean(-1, keepdims=True)
-        epsilon = np.int32(options["epsilon_typecast"]).view(np.float32)
-        rstd = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
-        return (centred * rstd * weights + others[0]).astype(to["dtype"])
+        epsilon = float(np.int32(options["epsilon_typecast"]).view(np.float32))
+        return xla.layer_norm(x, weights, others[0], None, epsilon)
     if name == "matmul":
         a = jnp.swapaxes(x, -1, -2) if options["transpose_a"] else x
         b = jnp.swapaxes(weights, -1, -2) if options["transpose_b"] else weights

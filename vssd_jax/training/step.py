@@ -145,8 +145,8 @@ class Trainer:
       abstract: the state's shapes, dtypes and shardings.
       named: the same, with the moments by name as in a checkpoint.
       evaluate: the `Evaluator` of the task and model.
-      apply: its last part: what a gradient does to the state, see `apply_gradient`.
       function: the step before it is compiled, see `make_train_step`.
+      apply: its last part: what a gradient does to the state, see `apply_gradient`.
 
     Raises:
       UserError: a batch that does not divide over the devices, or another invalid field.

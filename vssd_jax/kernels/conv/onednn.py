@@ -5,12 +5,10 @@ import functools
 import jax
 from jax import Array
 
-from vssd_jax.kernels import dispatch, onednn
+from vssd_jax.kernels import onednn
 from vssd_jax.kernels.conv import xla
 
-
-def supports(x: Array, **_: object) -> str | None:
-    return dispatch.wrong_dtype(x, *onednn.DTYPES)
+supports = onednn.supports
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -36,8 +36,9 @@ def depthwise_conv(
       activation: None, "silu" or "relu", applied to convolution and bias.
       residual: whether `x` is added at the end; needs stride 1.
       relu_input: whether max(x, 0) is convolved; not with a residual.
-      implementation: "xla", "pallas" (on an NVIDIA GPU; a kernel for the gradient, which cannot
-        be differentiated again), or see `vssd_jax.kernels.dispatch.Operation.choose`.
+      implementation: "xla", "onednn" (on a CPU with AMX), "pallas" (on an NVIDIA GPU; a kernel
+        for the gradient, which cannot be differentiated again), or see
+        `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:
       (B, ceil(H / stride), ceil(W / stride), C) in the dtype of `x`, accumulated in float32 at

@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from vssd_jax.kernels import dispatch, onednn
+from vssd_jax.kernels import onednn
 from vssd_jax.kernels.depthwise_conv import xla
 
-
-def supports(x: Array, **_: object) -> str | None:
-    return dispatch.wrong_dtype(x, *onednn.DTYPES)
+supports = onednn.supports
 
 
 def depthwise_conv(

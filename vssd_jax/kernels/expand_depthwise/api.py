@@ -34,7 +34,8 @@ def expand_depthwise(
       kernel, bias: (3, 3, D) and (D,), of the depthwise convolution.
       implementation: "xla", "pallas" (on an NVIDIA GPU in 16 bits, up to 256 channels; up to 128
         with a gradient of its own, which cannot be differentiated again, and beyond for inference
-        alone), or see `vssd_jax.kernels.dispatch.Operation.choose`.
+        alone), "onednn" (on a CPU with AMX, for inference), or see
+        `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:
       (B, ceil(H / 2), ceil(W / 2), D) in the dtype of `x`; accumulated in float32 at least, and

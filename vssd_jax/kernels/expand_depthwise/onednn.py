@@ -2,11 +2,9 @@
 
 from jax import Array
 
-from vssd_jax.kernels import dispatch, onednn
+from vssd_jax.kernels import onednn
 
-
-def supports(x: Array, **_: object) -> str | None:
-    return dispatch.wrong_dtype(x, *onednn.DTYPES)
+supports = onednn.supports
 
 
 def expand_depthwise(x: Array, w1: Array, b1: Array, kernel: Array, bias: Array) -> Array:

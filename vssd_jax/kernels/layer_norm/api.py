@@ -32,8 +32,8 @@ def layer_norm(
       gate: (..., C) or None; the result is multiplied by it.
       epsilon: added to the variance.
       implementation: "xla" (on a CPU with a gradient of its own), "pallas" (on an NVIDIA GPU; a
-        kernel for the gradient, which cannot be differentiated again), or see
-        `vssd_jax.kernels.dispatch.Operation.choose`.
+        kernel for the gradient, which cannot be differentiated again), "onednn" (on a CPU with
+        AMX, for inference without a gate), or see `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:
       (..., C) in the dtype of `x`.

@@ -4,11 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from vssd_jax.kernels import dispatch, onednn
+from vssd_jax.kernels import onednn
 
-
-def supports(x: Array, kernel: Array, bias: Array | None) -> str | None:
-    return dispatch.wrong_dtype(x, *onednn.DTYPES)
+supports = onednn.supports
 
 
 @jax.custom_vjp

@@ -46,8 +46,8 @@ def mlp(
       params: see `MLPParams`.
       epsilon: of the LayerNorm.
       implementation: "xla", "pallas" (on an NVIDIA GPU in 16 bits; with more than 256 channels for
-        the gradient alone, which cannot be differentiated again), or see
-        `vssd_jax.kernels.dispatch.Operation.choose`.
+        the gradient alone, which cannot be differentiated again), "onednn" (on a CPU with
+        AMX, for inference), or see `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:
       As `x`, in its dtype; accumulated in float32 at least.

@@ -2,15 +2,11 @@
 
 from jax import Array
 
-from vssd_jax.kernels import dispatch, onednn
+from vssd_jax.kernels import onednn
 from vssd_jax.kernels.layer_norm import layer_norm
 from vssd_jax.kernels.mlp.api import MLPParams
 
-
-def supports(x: Array, branch_scale: Array | None, **_: object) -> str | None:
-    if branch_scale is not None:
-        return "it is for inference, without a scale of the branch"
-    return dispatch.wrong_dtype(x, *onednn.DTYPES)
+supports = onednn.supports
 
 
 def mlp(x: Array, branch_scale: None, params: MLPParams, *, epsilon: float) -> Array:

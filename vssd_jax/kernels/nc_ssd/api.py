@@ -49,8 +49,8 @@ def nc_ssd(
       d: (heads,), the skip weight of each head.
       inner: columns of x.
       groups: of B and C.
-      implementation: "xla", "pallas" or "triton" (on an NVIDIA GPU), or see
-        `vssd_jax.kernels.dispatch.Operation.choose`.
+      implementation: "xla", "pallas" or "triton" (on an NVIDIA GPU), "onednn" (on a CPU with
+        AMX), or see `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:
       (B, L, inner) in the dtype of `xbc`; the state is accumulated in float32 at least.

@@ -58,7 +58,7 @@ def nc_ssd_mixer(
       groups: of B and C.
       epsilon: of the LayerNorm.
       implementation: "xla", "pallas" (on an NVIDIA GPU, two kernels for inference in 16 bits;
-        their gradient is that of "xla"), or see
+        their gradient is that of "xla"), "onednn" (on a CPU with AMX, for inference), or see
         `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:

@@ -2,15 +2,11 @@
 
 from jax import Array
 
-from vssd_jax.kernels import dispatch, onednn
+from vssd_jax.kernels import onednn
 from vssd_jax.kernels.nc_ssd_mixer.api import MixerParams
 from vssd_jax.kernels.nc_ssd_mixer.xla import before_projection
 
-
-def supports(x: Array, branch_scale: Array | None, **_: object) -> str | None:
-    if branch_scale is not None:
-        return "it is for inference, without a scale of the branch"
-    return dispatch.wrong_dtype(x, *onednn.DTYPES)
+supports = onednn.supports
 
 
 def nc_ssd_mixer(

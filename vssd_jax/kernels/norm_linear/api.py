@@ -41,7 +41,8 @@ def norm_linear(
       dtypes: of each result; the products are accumulated in float32 at least.
       epsilon: of the LayerNorm.
       implementation: "xla", "pallas" (on an NVIDIA GPU, in 16 bits with few channels; its gradient
-        cannot be differentiated again), or see `vssd_jax.kernels.dispatch.Operation.choose`.
+        cannot be differentiated again), "onednn" (on a CPU with AMX), or see
+        `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:
       For each width an array (B, ..., width).
