@@ -140,12 +140,16 @@ def test_gpu(x64, case, implementation, dtype):
     compare_narrow(ours, formula, shape, stride, dtype)
 
 
-def test_both_orders_of_the_kernel_gradient_agree(x64):
-    for stride in (1, 2):
-        x, _, _, dy = map(jnp.asarray, inputs((3, 7, 6, 5), stride))
-        a = xla.kernel_gradient(x, dy, stride=stride)
-        b = xla.kernel_gradient_by_rows(x, dy, stride=stride)
-        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("relu_input", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+# Rows in one group and in several, prime numbers of them, and images of one row or column.
+@pytest.mark.parametrize("size", [(7, 6), (8, 5), (30, 3), (17, 4), (58, 2), (1, 5), (6, 1)])
+def test_both_orders_of_the_kernel_gradient_agree(x64, size, stride, relu_input):
+    x, _, _, dy = map(jnp.asarray, inputs((3, *size, 5), stride))
+    options = {"stride": stride, "relu_input": relu_input}
+    a = xla.kernel_gradient(x, dy, **options)
+    b = jax.jit(functools.partial(xla.kernel_gradient_by_rows, **options))(x, dy)
+    np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_vmap_and_second_derivative(x64):
