@@ -106,6 +106,30 @@ def test_every_depthwise_convolution(
     compare("depthwise_conv", arrays, options | {"relu_input": relu_input}, tolerance)
 
 
+@TOLERANCES
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride", "padding"),
+    [
+        ((7, 9), (3, 3), 1, 1),
+        ((8, 6), (3, 3), 1, 0),
+        ((8, 6), (5, 5), 1, 2),
+        ((6, 5), (1, 1), 1, 0),
+        ((5, 4), (1, 1), 1, 1),  # more padding than the kernel sees
+        ((6, 5), (2, 3), 1, 1),
+        ((7, 9), (3, 3), 2, 1),
+        ((8, 6), (4, 4), 4, 0),
+        ((6, 7), (3, 3), 1, 2),
+    ],
+)
+def test_every_convolution(available, shape, kernel, stride, padding, dtype, tolerance):
+    rng = np.random.default_rng(0)
+    x, taps, bias = (
+        jnp.asarray(rng.standard_normal(s)) for s in ((2, *shape, 4), (*kernel, 4, 6), 6)
+    )
+    arrays = {"x": x.astype(dtype), "kernel": taps, "bias": bias}
+    compare("conv", arrays, {"stride": stride, "padding": padding}, tolerance)
+
+
 @pytest.mark.parametrize("activation", [None, *onednn.ACTIVATIONS])
 @pytest.mark.parametrize("residual", [False, True])
 def test_the_parts_of_a_product(available, activation, residual):

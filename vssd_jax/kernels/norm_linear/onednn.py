@@ -4,15 +4,58 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from vssd_jax.kernels import dispatch, onednn
-from vssd_jax.kernels.norm_linear import xla
+from vssd_jax.kernels.layer_norm import layer_norm
+
+Dtypes = tuple[jax.typing.DTypeLike, ...]
 
 
-def supports(x: Array, dtypes: tuple[jax.typing.DTypeLike, ...], **_: object) -> str | None:
+def supports(x: Array, dtypes: Dtypes, **_: object) -> str | None:
     wide = [dtype for dtype in dtypes if jnp.dtype(dtype) not in map(jnp.dtype, onednn.DTYPES)]
     return f"a result in {wide[0]}" if wide else dispatch.wrong_dtype(x, *onednn.DTYPES)
 
 
-norm_linear = functools.partial(xla.norm_linear, matmul=onednn.product)
+def norm_linear(
+    x: Array,
+    scale: Array,
+    bias: Array,
+    kernel: Array,
+    *,
+    widths: tuple[int, ...],
+    dtypes: Dtypes,
+    epsilon: float,
+) -> tuple[Array, ...]:
+    """See `vssd_jax.kernels.norm_linear.api.norm_linear`."""
+    rows = layer_norm(x.reshape(-1, x.shape[-1]), scale, bias, epsilon=epsilon)
+    results = _products(rows, kernel, widths, dtypes)
+    return tuple(y.reshape(*x.shape[:-1], -1) for y in results)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _products(
+    x: Array, kernel: Array, widths: tuple[int, ...], dtypes: Dtypes
+) -> tuple[Array, ...]:
+    parts = zip(_parts(x, kernel, widths), dtypes, strict=True)
+    return tuple(onednn.matmul(x, part, dtype=dtype) for part, dtype in parts)
+
+
+def _parts(x: Array, kernel: Array, widths: tuple[int, ...]) -> list[Array]:
+    return jnp.split(kernel.astype(x.dtype), np.cumsum(widths)[:-1], axis=1)
+
+
+def _backward(
+    widths: tuple[int, ...], dtypes: Dtypes, x_kernel: tuple[Array, Array], dys: tuple[Array, ...]
+) -> tuple[Array | None, Array]:
+    x, kernel = x_kernel
+    dx, dparts = None, []
+    for part, dy in zip(_parts(x, kernel, widths), dys, strict=True):
+        dy = dy.astype(x.dtype)
+        dx = onednn.matmul(dy, part, None, dx, transpose="right")
+        dparts.append(onednn.matmul(x, dy, transpose="left", dtype=jnp.float32))
+    return dx, jnp.concatenate(dparts, 1).astype(kernel.dtype)
+
+
+_products.defvjp(lambda *arguments: (_products(*arguments), arguments[:2]), _backward)
