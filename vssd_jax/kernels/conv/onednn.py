@@ -1,4 +1,4 @@
-"""A convolution over all channels by oneDNN, with gradients by it but that of a strided input."""
+"""A convolution over all channels by oneDNN; its gradients are calls and products."""
 
 import functools
 import itertools
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from vssd_jax.kernels import onednn
-from vssd_jax.kernels.conv import xla
 
 supports = onednn.supports
 
@@ -26,11 +25,41 @@ def _backward(stride: int, padding: int, saved: tuple, dy: Array) -> tuple:
         dx = onednn.convolution(dy, flipped, padding=height - 1 - padding)
         dkernel = _kernel_gradient(x, dy, height, padding)
     else:
-        plain = functools.partial(xla.conv, kernel=kernel, stride=stride, padding=padding)
-        (dx,) = jax.vjp(plain, x)[1](dy)  # what it computes forward is not used
+        dx = _input_gradient(dy, kernel, x.shape, stride, padding).astype(x.dtype)
         dkernel = _kernel_gradient_by_patches(x, dy, kernel.shape, stride, padding)
     dbias = None if bias is None else dy.astype(jnp.float32).sum((0, 1, 2)).astype(bias.dtype)
     return dx, dkernel.astype(kernel.dtype), dbias
+
+
+def _input_gradient(
+    dy: Array, kernel: Array, shape: tuple[int, ...], stride: int, padding: int
+) -> Array:
+    """(B, H, W, C): products with all taps, and a sum of those that meet in a pixel.
+
+    Pixels whose row and column leave the same remainders, divided by the stride, meet the same
+    taps; each such group is a sum of its own, so that no zero is multiplied.
+    """
+    height, width, channels, features = kernel.shape
+    batch, dy_rows, dy_columns, _ = dy.shape
+    taps = jnp.reshape(kernel, (-1, features)).astype(dy.dtype)
+    products = onednn.matmul(dy.reshape(-1, features), taps, transpose="right", dtype=jnp.float32)
+    products = products.reshape(*dy.shape[:3], height, width, channels)
+    rows, columns = (-(-length // stride) for length in shape[1:3])
+
+    def group(row: int, column: int) -> Array:
+        total = jnp.zeros((batch, rows, columns, channels))
+        for i, j in itertools.product(range(height), range(width)):
+            down, down_rest = divmod(row + padding - i, stride)
+            right, right_rest = divmod(column + padding - j, stride)
+            if down_rest == right_rest == 0:
+                moved = (-down, down + rows - dy_rows, 0), (-right, right + columns - dy_columns, 0)
+                zero = jnp.zeros((), jnp.float32)
+                total += jax.lax.pad(products[:, :, :, i, j], zero, ((0, 0, 0), *moved, (0, 0, 0)))
+        return total
+
+    groups = [jnp.stack([group(a, b) for b in range(stride)], 3) for a in range(stride)]
+    dx = jnp.stack(groups, 2).reshape(batch, rows * stride, columns * stride, channels)
+    return dx[:, : shape[1], : shape[2]]
 
 
 def _kernel_gradient(x: Array, dy: Array, size: int, padding: int) -> Array:

@@ -10,7 +10,7 @@ OPERATION = dispatch.Operation(
         "pallas": dispatch.Implementation(
             "vssd_jax.kernels.expand_depthwise.pallas", dispatch.pallas_triton, announced=False
         ),
-        "onednn": dispatch.by_onednn("vssd_jax.kernels.expand_depthwise.onednn", backward=False),
+        "onednn": dispatch.by_onednn("vssd_jax.kernels.expand_depthwise.onednn"),
         "xla": dispatch.plain("vssd_jax.kernels.expand_depthwise.xla"),
     },
     parts=(linear.OPERATION, depthwise_conv.OPERATION),
@@ -34,7 +34,7 @@ def expand_depthwise(
       kernel, bias: (3, 3, D) and (D,), of the depthwise convolution.
       implementation: "xla", "pallas" (on an NVIDIA GPU in 16 bits, up to 256 channels; up to 128
         with a gradient of its own, which cannot be differentiated again, and beyond for inference
-        alone), "onednn" (on a CPU with AMX, for inference), or see
+        alone), "onednn" (on a CPU with AMX), or see
         `vssd_jax.kernels.dispatch.Operation.choose`.
 
     Returns:

@@ -1,18 +1,36 @@
-"""The first two convolutions of a downsampling by oneDNN, for inference: no ReLU is a pass."""
+"""The first two convolutions of a downsampling by oneDNN: no ReLU is a pass of its own."""
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from vssd_jax.kernels import onednn
+from vssd_jax.kernels.depthwise_conv.onednn import depthwise_conv
+from vssd_jax.kernels.linear.onednn import backward
 
 supports = onednn.supports
 
 
 def expand_depthwise(x: Array, w1: Array, b1: Array, kernel: Array, bias: Array) -> Array:
     """See `vssd_jax.kernels.expand_depthwise.api.expand_depthwise`."""
-    rows = x.reshape(-1, x.shape[-1])
-    hidden = onednn.matmul(rows, w1.astype(x.dtype), b1, activation="relu")
+    hidden = _relu_linear(x.reshape(-1, x.shape[-1]), w1, b1)
     hidden = hidden.reshape(*x.shape[:-1], -1)
-    taps = kernel[:, :, None].astype(x.dtype)
-    return onednn.convolution(
-        hidden, taps, bias, stride=2, padding=1, groups=hidden.shape[-1], activation="relu"
-    )
+    return depthwise_conv(hidden, kernel, bias, stride=2, activation="relu")
+
+
+@jax.custom_vjp
+def _relu_linear(x: Array, kernel: Array, bias: Array) -> Array:
+    return onednn.matmul(x, kernel.astype(x.dtype), bias, activation="relu")
+
+
+def _forward(x: Array, kernel: Array, bias: Array) -> tuple[Array, tuple]:
+    y = _relu_linear(x, kernel, bias)
+    return y, (x, kernel, bias, y)
+
+
+def _backward(saved: tuple, dy: Array) -> tuple:
+    x, kernel, bias, y = saved
+    return backward((x, kernel, bias), jnp.where(y > 0, dy, 0))
+
+
+_relu_linear.defvjp(_forward, _backward)

@@ -16,9 +16,10 @@ def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
-def _backward(
+def backward(
     saved: tuple[Array, Array, Array | None], dy: Array
 ) -> tuple[Array, Array, Array | None]:
+    """The gradients of `linear`, whose arguments are `saved`."""
     x, kernel, bias = saved
     rows, dy = _rows(x), _rows(dy)
     dx = onednn.matmul(dy, kernel.astype(x.dtype), transpose="right").reshape(x.shape)
@@ -28,7 +29,7 @@ def _backward(
     return dx, dkernel, dy.astype(jnp.float32).sum(0).astype(bias.dtype)
 
 
-linear.defvjp(lambda *args: (linear(*args), args), _backward)
+linear.defvjp(lambda *args: (linear(*args), args), backward)
 
 
 def _rows(x: Array) -> Array:
