@@ -1,4 +1,4 @@
-"""A convolution over all channels by oneDNN; its gradients are calls and products."""
+"""A convolution over all channels by oneDNN; in float32 its gradients are calls and products."""
 
 import functools
 import itertools
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from vssd_jax.kernels import onednn
+from vssd_jax.kernels.conv import xla
 
 supports = onednn.supports
 
@@ -19,6 +20,9 @@ def _conv(x: Array, kernel: Array, bias: Array | None, stride: int, padding: int
 
 def _backward(stride: int, padding: int, saved: tuple, dy: Array) -> tuple:
     x, kernel, bias = saved
+    if x.dtype != jnp.float32:  # in bfloat16, XLA widens what is moved here, value by value
+        plain = functools.partial(xla.conv, stride=stride, padding=padding)
+        return jax.vjp(plain, *saved)[1](dy)  # what it computes forward is not used
     height, width = kernel.shape[:2]
     if stride == 1 and height == width > padding:
         flipped = jnp.swapaxes(kernel[::-1, ::-1], 2, 3).astype(x.dtype)
