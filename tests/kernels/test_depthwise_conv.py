@@ -140,11 +140,14 @@ def test_gpu(x64, case, implementation, dtype):
     compare_narrow(ours, formula, shape, stride, dtype)
 
 
-@pytest.mark.parametrize("relu_input", [False, True])
+@pytest.mark.parametrize(("relu_input", "small"), [(False, 0), (True, 0), (True, xla.SMALL)])
 @pytest.mark.parametrize("stride", [1, 2])
 # Rows in one group and in several, prime numbers of them, and images of one row or column.
 @pytest.mark.parametrize("size", [(7, 6), (8, 5), (30, 3), (17, 4), (58, 2), (1, 5), (6, 1)])
-def test_both_orders_of_the_kernel_gradient_agree(x64, size, stride, relu_input):
+def test_both_orders_of_the_kernel_gradient_agree(
+    x64, size, stride, relu_input, small, monkeypatch
+):
+    monkeypatch.setattr(xla, "SMALL", small)
     x, _, _, dy = map(jnp.asarray, inputs((3, *size, 5), stride))
     options = {"stride": stride, "relu_input": relu_input}
     a = xla.kernel_gradient(x, dy, **options)

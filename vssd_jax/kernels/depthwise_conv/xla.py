@@ -172,6 +172,9 @@ def _window(padded: Array, i: int, j: int, stride: int, height: int, width: int)
     return jax.lax.slice(padded, (0, i, j, 0), limit, (1, stride, stride, 1))
 
 
+# The most values for whose gradient a program is kept short rather than made fast, on a CPU.
+SMALL = 2**18
+
 # The scope in which the taps are multiplied, by which `models.count` finds these products.
 TAPS = "depthwise_taps"
 
@@ -240,8 +243,9 @@ def kernel_gradient_by_rows(x: Array, dy: Array, *, stride: int, relu_input: boo
     """
     acc = _acc(x)
     batch, height, width, channels = dy.shape
+    large = x.size > SMALL
     # As many rows as divide the height: the sums are read and written once for all of them.
-    together = max(n for n in range(1, 5) if height % n == 0)
+    together = max(n for n in range(1, 5 if large else 2) if height % n == 0)
     per_image = height // together
     # The columns of `dy` for which the column of the tap is in the image.
     columns = [(int(j == 0), min(width, (x.shape[2] - j) // stride + 1)) for j in range(3)]
@@ -268,9 +272,10 @@ def kernel_gradient_by_rows(x: Array, dy: Array, *, stride: int, relu_input: boo
 
     zeros = [jnp.zeros((max(end - start, 0), channels), acc) for start, end in columns]
     # Two loops, each on a core of its own: what a step computes is too little to be shared.
-    ends = 0, (batch + 1) // 2 * per_image, batch * per_image
-    halves = [
-        jax.lax.fori_loop(*bounds, add_rows, (*zeros,) * 3) for bounds in itertools.pairwise(ends)
+    middle = [(batch + 1) // 2 * per_image] if large else []
+    parts = [
+        jax.lax.fori_loop(*bounds, add_rows, (*zeros,) * 3)
+        for bounds in itertools.pairwise([0, *middle, batch * per_image])
     ]
-    sums = jax.tree.map(jnp.add, *halves)
+    sums = jax.tree.map(lambda *of_parts: functools.reduce(jnp.add, of_parts), *parts)
     return jnp.stack([total.sum(0) for total in sums]).reshape(3, 3, channels)
