@@ -173,7 +173,7 @@ def _window(padded: Array, i: int, j: int, stride: int, height: int, width: int)
 
 
 # The most values for whose gradient a program is kept short rather than made fast, on a CPU.
-SMALL = 2**18
+SMALL = 2**17
 
 # The scope in which the taps are multiplied, by which `models.count` finds these products.
 TAPS = "depthwise_taps"
