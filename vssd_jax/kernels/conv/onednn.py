@@ -29,9 +29,9 @@ def _backward(stride: int, padding: int, saved: tuple, dy: Array) -> tuple:
         dx = onednn.convolution(dy, flipped, padding=height - 1 - padding)
         dkernel = _kernel_gradient(x, dy, height, padding)
     else:
-        dx = _input_gradient(dy, kernel, x.shape, stride, padding).astype(x.dtype)
+        dx = _input_gradient(dy, kernel, x.shape, stride, padding)
         dkernel = _kernel_gradient_by_patches(x, dy, kernel.shape, stride, padding)
-    dbias = None if bias is None else dy.astype(jnp.float32).sum((0, 1, 2)).astype(bias.dtype)
+    dbias = None if bias is None else dy.sum((0, 1, 2)).astype(bias.dtype)
     return dx, dkernel.astype(kernel.dtype), dbias
 
 
@@ -46,19 +46,20 @@ def _input_gradient(
     height, width, channels, features = kernel.shape
     batch, dy_rows, dy_columns, _ = dy.shape
     taps = jnp.reshape(kernel, (-1, features)).astype(dy.dtype)
-    products = onednn.matmul(dy.reshape(-1, features), taps, transpose="right", dtype=jnp.float32)
+    products = onednn.matmul(dy.reshape(-1, features), taps, transpose="right")
     products = products.reshape(*dy.shape[:3], height, width, channels)
     rows, columns = (-(-length // stride) for length in shape[1:3])
+    zero = jnp.zeros((), dy.dtype)
 
     def group(row: int, column: int) -> Array:
-        total = jnp.zeros((batch, rows, columns, channels))
+        total = jnp.zeros((batch, rows, columns, channels), dy.dtype)
         for i, j in itertools.product(range(height), range(width)):
             down, down_rest = divmod(row + padding - i, stride)
             right, right_rest = divmod(column + padding - j, stride)
             if down_rest == right_rest == 0:
                 moved = (-down, down + rows - dy_rows, 0), (-right, right + columns - dy_columns, 0)
-                zero = jnp.zeros((), jnp.float32)
-                total += jax.lax.pad(products[:, :, :, i, j], zero, ((0, 0, 0), *moved, (0, 0, 0)))
+                tap = products[:, :, :, i, j]
+                total += jax.lax.pad(tap, zero, ((0, 0, 0), *moved, (0, 0, 0)))
         return total
 
     groups = [jnp.stack([group(a, b) for b in range(stride)], 3) for a in range(stride)]
@@ -77,7 +78,7 @@ def _kernel_gradient(x: Array, dy: Array, size: int, padding: int) -> Array:
     moved_dy = jnp.pad(dy, ((0, 0), (rest, rest), (0, 0), (0, 0)))
     a = _beside([moved_x[:, :, j : j + dy.shape[2]] for j in range(size)])
     b = _beside([moved_dy[:, i : i + x.shape[1]] for i in reversed(range(size))])
-    of_images = onednn.matmul(a, b, transpose="left", dtype=jnp.float32)
+    of_images = onednn.matmul(a, b, transpose="left")
     blocks = of_images.sum(0).reshape(size, x.shape[3], size, dy.shape[3])
     return jnp.transpose(blocks, (2, 0, 1, 3))
 
@@ -93,7 +94,7 @@ def _kernel_gradient_by_patches(
         [padded[:, i : i + ends[0] : stride, j : j + ends[1] : stride] for i, j in taps]
     )
     rows = patches.reshape(-1, patches.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return onednn.matmul(*rows, transpose="left", dtype=jnp.float32).reshape(shape)
+    return onednn.matmul(*rows, transpose="left").reshape(shape)
 
 
 def _beside(parts: list[Array]) -> Array:

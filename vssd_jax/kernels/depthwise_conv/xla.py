@@ -172,7 +172,7 @@ def _window(padded: Array, i: int, j: int, stride: int, height: int, width: int)
     return jax.lax.slice(padded, (0, i, j, 0), limit, (1, stride, stride, 1))
 
 
-# The most values for whose gradient a program is kept short rather than made fast, on a CPU.
+# Up to so many values of the input, the gradient's loop on a CPU is quick to compile, not to run.
 SMALL = 2**17
 
 # The scope in which the taps are multiplied, by which `models.count` finds these products.

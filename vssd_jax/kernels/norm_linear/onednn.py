@@ -4,11 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from vssd_jax.kernels import dispatch, onednn
 from vssd_jax.kernels.layer_norm import layer_norm
+from vssd_jax.kernels.norm_linear.xla import kernel_parts
 
 Dtypes = tuple[jax.typing.DTypeLike, ...]
 
@@ -38,12 +38,10 @@ def norm_linear(
 def _products(
     x: Array, kernel: Array, widths: tuple[int, ...], dtypes: Dtypes
 ) -> tuple[Array, ...]:
-    parts = zip(_parts(x, kernel, widths), dtypes, strict=True)
-    return tuple(onednn.matmul(x, part, dtype=dtype) for part, dtype in parts)
-
-
-def _parts(x: Array, kernel: Array, widths: tuple[int, ...]) -> list[Array]:
-    return jnp.split(kernel.astype(x.dtype), np.cumsum(widths)[:-1], axis=1)
+    parts = kernel_parts(kernel.astype(x.dtype), widths)
+    return tuple(
+        onednn.matmul(x, part, dtype=dtype) for part, dtype in zip(parts, dtypes, strict=True)
+    )
 
 
 def _backward(
@@ -51,7 +49,8 @@ def _backward(
 ) -> tuple[Array | None, Array]:
     x, kernel = x_kernel
     dx, dparts = None, []
-    for part, dy in zip(_parts(x, kernel, widths), dys, strict=True):
+    parts = kernel_parts(kernel.astype(x.dtype), widths)
+    for part, dy in zip(parts, dys, strict=True):
         dy = dy.astype(x.dtype)
         dx = onednn.matmul(dy, part, None, dx, transpose="right")
         dparts.append(onednn.matmul(x, dy, transpose="left", dtype=jnp.float32))

@@ -1,7 +1,5 @@
 """LayerNorm and linear layers put together from other operations."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,17 +19,19 @@ def norm_linear(
     dtypes: tuple[jax.typing.DTypeLike, ...],
     epsilon: float,
     implementation: str | None = None,
-    matmul: Callable[..., Array] = products.matmul,
 ) -> tuple[Array, ...]:
-    """See `vssd_jax.kernels.norm_linear.api.norm_linear`; `implementation` is LayerNorm's,
-    `matmul` as that of `products`.
-    """
+    """See `vssd_jax.kernels.norm_linear.api.norm_linear`; `implementation` is LayerNorm's."""
     normed = layer_norm(x, scale, bias, epsilon=epsilon, implementation=implementation)
     # As a matrix: with more leading axes, the gradient of the kernel transposes an activation on
     # a CPU.
     rows = normed.reshape(-1, x.shape[-1])
-    parts = jnp.split(kernel.astype(x.dtype), np.cumsum(widths)[:-1], axis=1)
+    parts = kernel_parts(kernel.astype(x.dtype), widths)
     return tuple(
-        matmul(rows, part, dtype=dtype).reshape(*x.shape[:-1], -1)
+        products.matmul(rows, part, dtype=dtype).reshape(*x.shape[:-1], -1)
         for part, dtype in zip(parts, dtypes, strict=True)
     )
+
+
+def kernel_parts(kernel: Array, widths: tuple[int, ...]) -> list[Array]:
+    """The columns of `kernel` for each result."""
+    return jnp.split(kernel, np.cumsum(widths)[:-1], axis=1)
