@@ -29,7 +29,7 @@ def parts(small: bool) -> dict[str, tuple[float, list[str]]]:
         tiny = ["--rounds=1", "--seconds=0.01"]
         model = ["-m", "benchmarks.model", "--batch=2", "--image-size=32", *tiny]
         torch = ["-m", "benchmarks.compare_torch", "--model=nano", "--batch=2", "--image-size=32",
-                 *tiny, "--torch"]  # fmt: skip
+                 "--processes=1", *tiny, "--torch"]  # fmt: skip
         return {
             "operations": (1, ["-m", "benchmarks.ops", "--batch=1", "--directions=forward", *tiny]),
             "inference": (1, [*model, "--tasks=inference"]),

@@ -1,139 +1,47 @@
 """VSSD here against the plain PyTorch reference, in one run, in turns.
 
-PyTorch runs in processes of its own, channels-last and with automatic mixed precision: in eager
-mode, on a CPU also with this project's use of memory (glibc keeps what is freed), and under
-torch.compile, which on a CPU needs a C++ compiler and minutes (`--torch eager` leaves it out).
+Every measurement is a fresh process, and they take turns: PyTorch must not have this project's use
+of memory, and on a virtual machine the memory of a process that has waited for another one, say for
+a minute of compilation, can be a fifth slower from then on. PyTorch is channels-last and has
+automatic mixed precision: in eager mode, on a CPU also with this project's use of memory (glibc
+keeps what is freed), and under torch.compile, which on a CPU needs a C++ compiler and minutes
+(`--torch eager` leaves it out).
 
     python -m benchmarks.compare_torch --batch 8 --dtype float32             # CPU
     python -m benchmarks.compare_torch --batch 128 --dtype bfloat16          # GPU
 """
 
-import contextlib
-import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+# This process only waits: the device's memory is for the others.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import jax
-import optax
-from flax import nnx
 
-from benchmarks import common
-from vssd_jax.host import compiler_options
-from vssd_jax.models.split import SplitModel
-from vssd_jax.models.vssd import VSSD, VSSDConfig
+from benchmarks import common, timing
 
 
-def training_step(build):
-    """A jitted `(state, images, labels, key) -> state`: gradients, clipping, AdamW.
-
-    What PyTorch does beside it, and no more; `benchmarks.model` times the step of `train.py`. As
-    there, the state is arrays by name: JAX takes the tree of a module apart in Python, which costs
-    some 15 ms a step.
-
-    Args:
-      build: makes the model from an `nnx.Rngs`.
-
-    Returns the step and its first state. The state is donated.
-    """
-    split = SplitModel(build)
-    params, batch_stats = split.init(jax.random.key(0))
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(5.0), optax.adamw(1e-4, weight_decay=0.05)
+def measured(name: str, options, gpu: bool) -> dict | None:
+    """What a process of `benchmarks.steps` says; None, and a line, where torch.compile fails."""
+    fields = {**common.settings(options), "name": name, "gpu": gpu}
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks.steps", json.dumps(fields)],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        check=True,
     )
-
-    def step(state, images, labels, key):
-        params, batch_stats, opt_state = state
-
-        def loss_fn(params):
-            model = split.merge({**params, **batch_stats}, training=True)
-            logits = model(images, rngs=nnx.Rngs(dropout=key))
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            return loss, split.batch_stats(model)
-
-        grads, batch_stats = jax.grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), batch_stats, opt_state
-
-    step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
-    return step, (params, batch_stats, optimizer.init(params))
-
-
-class Torch:
-    """A process of `benchmarks.pytorch`, and its steps as functions that return when they are done.
-
-    Its own process, as people run PyTorch: in this one it would use the memory as this project does
-    (`vssd_jax.host.prepare_cpu`), which takes a tenth off its training steps on a CPU.
-    """
-
-    def __init__(self, options, device, mode):
-        names = "model", "batch", "image_size", "dtype", "depth"
-        arguments = {name: getattr(options, name) for name in names}
-        command = json.dumps(arguments | {"device": device, "mode": mode})
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.pytorch", command],
-            cwd=Path(__file__).parents[1],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.about = json.loads(self._line())
-
-    def _line(self):
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("PyTorch's process has ended; its output says why")
-        return line.rstrip("\n")
-
-    def run(self, task):
-        """Runs a task; raises RuntimeError where PyTorch failed."""
-        self._process.stdin.write(f"{task}\n")
-        self._process.stdin.flush()
-        if answer := self._line():
-            raise RuntimeError(answer)
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def jax_calls(options, images, labels):
-    """The same for this project."""
-    config = getattr(VSSDConfig, options.model)()
-
-    def build(rngs):
-        return VSSD(
-            config, dtype=options.dtype, implementation=options.implementation, rngs=rngs
-        )
-
-    infer, weights = common.inference_step(build(nnx.Rngs(0)))
-    train, state = training_step(build)
-    images = images.astype(options.dtype)
-
-    def inference():
-        for _ in range(options.depth):
-            logits = infer(weights, images)
-        logits.block_until_ready()
-
-    key = jax.random.key(0)
-    step = common.pipelined(
-        lambda state: train(state, images, labels, key), state, depth=options.depth
-    )
-    return {"inference": inference, "training": step}
-
-
-def works(name, call) -> bool:
-    """Runs a call once; False, and a line that says why, where torch.compile cannot."""
-    try:
-        call()
-    except RuntimeError as error:
-        if name != "torch compile":
-            raise
-        print(f"torch.compile does not work here: {error}")
-        return False
-    return True
+    result = json.loads(ended.stdout)
+    if "error" not in result:
+        return result
+    if name != "torch compile":
+        raise RuntimeError(f"{name}: {result['error']}")
+    print(f"torch.compile does not work here: {result['error']}", flush=True)
+    return None
 
 
 def main():
@@ -147,34 +55,41 @@ def main():
     parser.add_argument("--implementation", help="of our kernels; the default is the device's best")
     parser.add_argument("--tasks", nargs="+", default=["inference", "training"])
     parser.add_argument("--torch", nargs="+", choices=modes, default=modes, help="modes of PyTorch")
-    parser.add_argument("--depth", type=int, default=None,
-                        help="steps between two waits (default: 1, on a GPU 10)")
+    parser.add_argument("--processes", type=int, default=1 if gpu else 3,
+                        help="of each implementation; the median of their medians counts")
+    parser.add_argument("--depth", type=int, default=10 if gpu else 1,
+                        help="steps between two waits")
     options = parser.parse_args()
-    options.depth = options.depth or (10 if gpu else 1)
 
-    images, labels = common.batch(options.batch, options.image_size)
-    ours = jax_calls(options, images, labels)
-    with contextlib.ExitStack() as stack:
-        theirs = {}
-        for mode in options.torch:
-            theirs[f"torch {mode}"] = process = Torch(options, "cuda" if gpu else "cpu", mode)
-            stack.callback(process.close)
-        rows = []
-        for task in options.tasks:
-            calls = {"vssd_jax": ours[task]} | {
-                name: functools.partial(process.run, task) for name, process in theirs.items()
-            }
-            calls = {name: call for name, call in calls.items() if works(name, call)}
-            times = common.measure(calls, rounds=options.rounds, seconds=options.seconds)
-            for name, values in times.items():
-                common.add(rows, {
-                    "task": task,
-                    "implementation": name,
-                    "images/s": options.batch * options.depth / statistics.median(values),
-                    "vssd_jax is faster by": common.median_ratio(values, times["vssd_jax"]),
-                }, options)
-        about = next(iter(theirs.values())).about
-    common.report(options, rows, **about)
+    names = ["vssd_jax", *(f"torch {mode}" for mode in options.torch)]
+    results: dict[str, list[dict]] = {name: [] for name in names}
+    for turn in range(options.processes):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            if name not in results:
+                continue
+            if (result := measured(name, options, gpu)) is None:
+                del results[name]
+                continue
+            results[name].append(result)
+            said = {task: f"{statistics.median(x):.4g} s" for task, x in result["times"].items()}
+            print(name, *(f"{task} {time}" for task, time in said.items()), flush=True)
+    rows = []
+    for task in options.tasks:
+        times = {
+            name: [statistics.median(result["times"][task]) for result in found]
+            for name, found in results.items()
+        }
+        for name, values in times.items():
+            common.add(rows, {
+                "task": task,
+                "implementation": name,
+                "images/s": options.batch * options.depth / statistics.median(values),
+                "vssd_jax is faster by": timing.median_ratio(values, times["vssd_jax"]),
+            }, options)
+    about = [result for name, found in results.items() if name != "vssd_jax" for result in found]
+    versions = {key: value for key, value in about[0].items() if key != "times"} if about else {}
+    common.report(options, rows, **versions)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from benchmarks import common
+from benchmarks import common, timing
 from torch_reference import vssd as reference
 from vssd_jax.host import compiler_options
 from vssd_jax.inference.export_onnx import export_onnx
@@ -75,14 +75,14 @@ def main() -> None:
     for batch in options.batches:
         images = np.array(common.batch(batch, options.image_size)[0])
         ready = {way: functools.partial(call, images) for way, call in ways.items()}
-        times = common.measure(ready, rounds=options.rounds, seconds=options.seconds)
+        times = timing.measure(ready, rounds=options.rounds, seconds=options.seconds)
         for way, values in times.items():
             rows.append({
                 "batch": batch,
                 "implementation": way,
                 "ms": 1e3 * statistics.median(values),
                 "images/s": batch / statistics.median(values),
-                "vssd_jax is faster by": common.median_ratio(values, times["vssd_jax"]),
+                "vssd_jax is faster by": timing.median_ratio(values, times["vssd_jax"]),
             })
     common.report(
         options, rows, onnxruntime=onnxruntime.__version__, torch=torch.__version__,

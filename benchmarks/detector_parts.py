@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import common
+from benchmarks import common, timing
 from vssd_jax.host import compiler_options
 from vssd_jax.models import family
 from vssd_jax.models.mask_rcnn import BOX_BINS, MASK_BINS
@@ -61,8 +61,8 @@ def main() -> None:
     calls = programs(
         f"mask_rcnn_vssd_{options.model}", tuple(options.picture), jnp.dtype(options.dtype)
     )
-    times = common.measure(calls, rounds=options.rounds, seconds=options.seconds)
-    ratio = common.median_ratio(times["whole"], times["parts"])
+    times = timing.measure(calls, rounds=options.rounds, seconds=options.seconds)
+    ratio = timing.median_ratio(times["whole"], times["parts"])
     rows = []
     for name, seconds in times.items():
         row = {"program": name, "ms": 1000 * min(seconds)}

@@ -14,7 +14,7 @@ import statistics
 import jax
 from flax import nnx
 
-from benchmarks import common, real_step
+from benchmarks import common, real_step, timing
 from vssd_jax.host import compiler_options
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 
@@ -108,7 +108,7 @@ def main():
     for name, config, batch in configs(options):
         for task in options.tasks:
             call, compiled = call_of(task, config, options.depth)
-            times = common.measure(
+            times = timing.measure(
                 {task: call}, rounds=options.rounds, seconds=options.seconds
             )[task]
             seconds = statistics.median(times) / options.depth

@@ -13,7 +13,7 @@ import statistics
 import jax
 import jax.numpy as jnp
 
-from benchmarks import common
+from benchmarks import common, timing
 from benchmarks.roi_align import STRIDES, pyramid
 from vssd_jax.host import compiler_options
 from vssd_jax.kernels import dispatch
@@ -131,7 +131,7 @@ def bandwidth(options) -> float:
     """Bytes a second of `x + 1` on an array far larger than the caches."""
     x = jnp.zeros(2**28 if jax.default_backend() == "gpu" else 2**25, jnp.float32)
     call = repeated(jit(lambda x: x + 1), [x], options.depth)
-    times = common.measure({"copy": call}, rounds=options.rounds, seconds=options.seconds)
+    times = timing.measure({"copy": call}, rounds=options.rounds, seconds=options.seconds)
     return 2 * size(x) * options.depth / statistics.median(times["copy"])
 
 
@@ -170,7 +170,7 @@ def main():
             moved = size(arrays) + size(result)
             if direction == "gradient":
                 moved += size(arrays)
-            times = common.measure(calls, rounds=options.rounds, seconds=options.seconds)
+            times = timing.measure(calls, rounds=options.rounds, seconds=options.seconds)
             for implementation, values in times.items():
                 seconds = statistics.median(values) / options.depth
                 common.add(rows, {
@@ -178,7 +178,7 @@ def main():
                     "direction": direction,
                     "implementation": implementation,
                     "ms": 1e3 * seconds,
-                    "times xla": common.median_ratio(times["xla"], values),
+                    "times xla": timing.median_ratio(times["xla"], values),
                     "share of copy bandwidth": moved / seconds / roofline,
                 }, options)
     common.report(options, rows, copy_bytes_per_second=roofline)

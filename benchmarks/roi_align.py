@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import common
+from benchmarks import common, timing
 from vssd_jax.host import compiler_options
 from vssd_jax.kernels.roi_align import roi_align
 from vssd_jax.kernels.roi_align.sampling import region_levels
@@ -113,7 +113,7 @@ def main():
             "vssd_jax": lambda f=compiled, a=(maps, boxes): jax.block_until_ready(f(*a)), **others
         }
         ours = np.asarray(calls["vssd_jax"](), np.float32)
-        times = common.measure(calls, rounds=options.rounds, seconds=options.seconds)
+        times = timing.measure(calls, rounds=options.rounds, seconds=options.seconds)
         for name, values in times.items():
             result = ours
             if name != "vssd_jax":
@@ -123,7 +123,7 @@ def main():
                 "bins": bins,
                 "implementation": name,
                 "ms": 1e3 * statistics.median(values),
-                "times as long as vssd_jax": common.median_ratio(values, times["vssd_jax"]),
+                "times as long as vssd_jax": timing.median_ratio(values, times["vssd_jax"]),
                 "greatest difference": float(np.abs(result - ours).max()),
             }, options)
     common.report(options, rows)

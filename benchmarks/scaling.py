@@ -13,7 +13,7 @@ import statistics
 import jax
 from flax import nnx
 
-from benchmarks import common
+from benchmarks import common, timing
 from benchmarks.model import program_memory
 from vssd_jax.models.vssd import VSSD, VSSDConfig
 
@@ -50,7 +50,7 @@ def main():
             def call(compiled=compiled, weights=weights, images=images):
                 jax.block_until_ready(compiled(weights, images))
 
-            times = common.measure({"x": call}, rounds=options.rounds, seconds=options.seconds)
+            times = timing.measure({"x": call}, rounds=options.rounds, seconds=options.seconds)
             tokens, seconds = (size / 4) ** 2, statistics.median(times["x"])
             growth = ""
             if last:

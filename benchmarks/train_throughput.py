@@ -30,7 +30,7 @@ import jax
 import numpy as np
 import torch
 
-from benchmarks import common, mmcv_operations, real_step
+from benchmarks import common, mmcv_operations, real_step, timing
 from benchmarks.segmentation_pipeline import mmseg_transforms
 from torch_reference import vssd as reference
 from vssd_jax.models import family, torch_names
@@ -338,13 +338,13 @@ def main():
     if not math.isclose(our_loss, their_loss, rel_tol=0.03):
         raise AssertionError(f"the first loss is {our_loss} here, {their_loss} in {other}")
     calls = {"vssd_jax": our_call, other: their_call}
-    times = common.measure(calls, rounds=options.rounds, seconds=options.seconds)
+    times = timing.measure(calls, rounds=options.rounds, seconds=options.seconds)
     rows = []
     for name, values in times.items():
         common.add(rows, {
             "implementation": name,
             "images/s": options.batch * options.depth / statistics.median(values),
-            "vssd_jax is faster by": common.median_ratio(values, times["vssd_jax"]),
+            "vssd_jax is faster by": timing.median_ratio(values, times["vssd_jax"]),
         }, options)
     common.report(
         options,

@@ -31,15 +31,22 @@ def depthwise_conv(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _depthwise_conv(x: Array, kernel: Array, bias: Array, options: xla.Options) -> Array:
+    added = x if options.residual else None
+    x = xla.activated(x, options.relu_input)
+    return _convolve(x, kernel, bias, options.stride, added, options.activation)
+
+
+def _convolve(
+    x: Array,
+    kernel: Array,
+    bias: Array,
+    stride: int,
+    added: Array | None = None,
+    activation: str | None = None,
+) -> Array:
+    taps, groups = kernel[:, :, None].astype(x.dtype), x.shape[-1]
     return onednn.convolution(
-        xla.activated(x, options.relu_input),
-        kernel[:, :, None].astype(x.dtype),
-        bias,
-        x if options.residual else None,
-        stride=options.stride,
-        padding=1,
-        groups=x.shape[-1],
-        activation=options.activation,
+        x, taps, bias, added, stride=stride, padding=1, groups=groups, activation=activation
     )
 
 
@@ -50,7 +57,7 @@ def _forward(x: Array, kernel: Array, bias: Array, options: xla.Options) -> tupl
 
 def _backward(options: xla.Options, saved: tuple, dy: Array) -> tuple[Array, Array, Array]:
     x, kernel, bias, _ = saved
-    dconv = xla.before_activation(options, saved, dy)
+    dconv = xla.before_activation(options, saved, dy, _convolve)
     if options.stride == 1:
         taps = kernel[::-1, ::-1, None].astype(x.dtype)
         added = dy if options.residual else None

@@ -115,8 +115,10 @@ def saved(x: Array, kernel: Array, bias: Array, y: Array, options: Options) -> t
     return x, kernel, bias, y if keep_result else None
 
 
-def before_activation(options: Options, saved: tuple, dy: Array) -> Array:
-    """The gradient of the convolution's result, from that of all."""
+def before_activation(
+    options: Options, saved: tuple, dy: Array, convolve: Callable[..., Array] | None = None
+) -> Array:
+    """The gradient of the convolution's result, from that of all; `convolve` as `_convolve`."""
     stride, activation, _, relu_input = options
     x, kernel, bias, y = saved
     dconv = dy
@@ -126,8 +128,8 @@ def before_activation(options: Options, saved: tuple, dy: Array) -> Array:
         # To compute nine multiply-adds again costs less than to keep the values before the
         # activation. The barrier keeps the compiler from sharing them with the forward pass.
         x = jax.lax.optimization_barrier(x)
-        again = _convolve(activated(x, relu_input), kernel, bias, stride)
-        _, activation_vjp = jax.vjp(ACTIVATIONS[activation], again)
+        again = (convolve or _convolve)(activated(x, relu_input), kernel, bias, stride)
+        _, activation_vjp = jax.vjp(ACTIVATIONS[activation], again.astype(_acc(x)))
         (dconv,) = activation_vjp(dy.astype(_acc(x)))
         # Compute it once: all taps of both gradients read it.
         dconv = jax.lax.optimization_barrier(dconv.astype(x.dtype))
