@@ -80,12 +80,8 @@ def run_parts(chosen: dict, output: Path, minutes: float, about: dict) -> bool:
     ends, until = [], time.monotonic() + 60 * minutes
     log = output.with_suffix(".log")
     with tempfile.TemporaryDirectory() as cache:
-        # PyTorch needs room beside JAX; parts share what they compile.
-        env = {
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            "JAX_COMPILATION_CACHE_DIR": cache,
-            **os.environ,
-        }
+        # Parts share what they compile.
+        env = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ}
         for name, (share, arguments) in chosen.items():
             start = time.monotonic()
             end, line, lines = "out of time", "not begun", []

@@ -113,7 +113,7 @@ def training_step(build):
 
 
 def jax_calls(options):
-    """The same for this project."""
+    """Those of this project, as `torch_calls`."""
     import jax
     from flax import nnx
 

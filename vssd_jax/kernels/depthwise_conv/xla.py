@@ -116,7 +116,7 @@ def saved(x: Array, kernel: Array, bias: Array, y: Array, options: Options) -> t
 
 
 def before_activation(
-    options: Options, saved: tuple, dy: Array, convolve: Callable[..., Array] | None = None
+    options: Options, saved: tuple, dy: Array, convolve: Callable[..., Array]
 ) -> Array:
     """The gradient of the convolution's result, from that of all; `convolve` as `_convolve`."""
     stride, activation, _, relu_input = options
@@ -128,7 +128,7 @@ def before_activation(
         # To compute nine multiply-adds again costs less than to keep the values before the
         # activation. The barrier keeps the compiler from sharing them with the forward pass.
         x = jax.lax.optimization_barrier(x)
-        again = (convolve or _convolve)(activated(x, relu_input), kernel, bias, stride)
+        again = convolve(activated(x, relu_input), kernel, bias, stride)
         _, activation_vjp = jax.vjp(ACTIVATIONS[activation], again.astype(_acc(x)))
         (dconv,) = activation_vjp(dy.astype(_acc(x)))
         # Compute it once: all taps of both gradients read it.
@@ -141,7 +141,7 @@ def _backward(
 ) -> tuple[Array, Array, Array]:
     stride, activation, residual, relu_input = options
     x, kernel, bias, _ = saved
-    dconv = before_activation(options, saved, dy)
+    dconv = before_activation(options, saved, dy, _convolve)
     if residual and activation is None:  # the residual adds one to the tap in the middle
         wide = kernel.astype(_acc(x)) + MIDDLE * shared_one()
         dx, dkernel, dbias = gradients(x, dconv, wide, stride, relu_input)
