@@ -88,12 +88,11 @@ def training_step(build):
 
     from vssd_jax.host import compiler_options
     from vssd_jax.models.split import SplitModel
+    from vssd_jax.training.optimizer import clip_by_global_norm
 
     split = SplitModel(build)
     params, batch_stats = split.init(jax.random.key(0))
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(5.0), optax.adamw(1e-4, weight_decay=0.05)
-    )
+    optimizer = optax.chain(clip_by_global_norm(5.0), optax.adamw(1e-4, weight_decay=0.05))
 
     def step(state, images, labels, key):
         params, batch_stats, opt_state = state

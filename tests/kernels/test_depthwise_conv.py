@@ -144,15 +144,16 @@ def test_gpu(x64, case, implementation, dtype):
 @pytest.mark.parametrize("stride", [1, 2])
 # Rows in one group and in several, prime numbers of them, and images of one row or column.
 @pytest.mark.parametrize("size", [(7, 6), (8, 5), (30, 3), (17, 4), (58, 2), (1, 5), (6, 1)])
-def test_both_orders_of_the_kernel_gradient_agree(
+def test_both_orders_of_the_weight_gradients_agree(
     x64, size, stride, relu_input, small, monkeypatch
 ):
     monkeypatch.setattr(xla, "SMALL", small)
     x, _, _, dy = map(jnp.asarray, inputs((3, *size, 5), stride))
     options = {"stride": stride, "relu_input": relu_input}
-    a = xla.kernel_gradient(x, dy, **options)
-    b = jax.jit(functools.partial(xla.kernel_gradient_by_rows, **options))(x, dy)
-    np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+    by_taps = xla.weight_gradients_by_taps(x, dy, **options)
+    by_rows = jax.jit(functools.partial(xla.weight_gradients_by_rows, **options))(x, dy)
+    for a, b in zip(by_taps, by_rows, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_vmap_and_second_derivative(x64):

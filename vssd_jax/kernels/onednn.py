@@ -68,6 +68,16 @@ def matmul(
     return _call("matmul", config, shape, dtype, a, b, row, activation, residual)
 
 
+def kernel_gradient(x: Array, dy: Array) -> Array:
+    """That of a linear layer, in float32: rows (R, C) of its input and (R, D) of dy -> (C, D)."""
+    rows, columns = dy.shape
+    # Measured: a result of many or all rows is computed faster as its transpose.
+    flat = x.dtype == f32 and x.shape[1] < columns and rows > 48 * columns
+    if flat or columns < 16:
+        return matmul(dy, x, transpose="left", dtype=f32).T
+    return matmul(x, dy, transpose="left", dtype=f32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def product(
     a: Array, b: Array, transpose: str | None = None, dtype: jax.typing.DTypeLike = f32

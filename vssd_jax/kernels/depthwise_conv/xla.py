@@ -60,13 +60,12 @@ def weight_gradients(
     x: Array, dy: Array, stride: int, relu_input: bool
 ) -> tuple[Array, Array]:
     """Those of `gradients` for the kernel and the bias."""
-    dkernel = jax.lax.platform_dependent(
+    return jax.lax.platform_dependent(
         x,
         dy,
-        cpu=functools.partial(kernel_gradient_by_rows, stride=stride, relu_input=relu_input),
-        default=functools.partial(kernel_gradient, stride=stride, relu_input=relu_input),
+        cpu=functools.partial(weight_gradients_by_rows, stride=stride, relu_input=relu_input),
+        default=functools.partial(weight_gradients_by_taps, stride=stride, relu_input=relu_input),
     )
-    return dkernel, dy.astype(_acc(x)).sum((0, 1, 2))
 
 
 def depthwise_conv(
@@ -225,8 +224,10 @@ def input_gradient(dy: Array, kernel: Array, stride: int, shape: tuple[int, ...]
     return dx[:, : shape[1], : shape[2]]
 
 
-def kernel_gradient(x: Array, dy: Array, *, stride: int, relu_input: bool) -> Array:
-    """A sum over all pixels for each tap: (3, 3, C)."""
+def weight_gradients_by_taps(
+    x: Array, dy: Array, *, stride: int, relu_input: bool
+) -> tuple[Array, Array]:
+    """A sum over all pixels for each tap, (3, 3, C), and for the bias, (C,)."""
     padded, acc = _pad(activated(x, relu_input)), _acc(x)
     height, width = dy.shape[1:3]
     taps = [
@@ -234,11 +235,13 @@ def kernel_gradient(x: Array, dy: Array, *, stride: int, relu_input: bool) -> Ar
         for i in range(3)
         for j in range(3)
     ]
-    return jnp.stack(taps).reshape(3, 3, -1)
+    return jnp.stack(taps).reshape(3, 3, -1), dy.astype(acc).sum((0, 1, 2))
 
 
-def kernel_gradient_by_rows(x: Array, dy: Array, *, stride: int, relu_input: bool) -> Array:
-    """As `kernel_gradient`, a few rows of an image at a time.
+def weight_gradients_by_rows(
+    x: Array, dy: Array, *, stride: int, relu_input: bool
+) -> tuple[Array, Array]:
+    """As `weight_gradients_by_taps`, a few rows of an image at a time.
 
     On a CPU, XLA's sum over three axes is several times slower. A few rows fit in its caches, and
     without padding nothing is copied.
@@ -255,10 +258,13 @@ def kernel_gradient_by_rows(x: Array, dy: Array, *, stride: int, relu_input: boo
     def add_rows(step: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         image, first = step // per_image, step % per_image * together
 
+        def gradient(row: int, start: int, end: int) -> Array:
+            size = 1, 1, end - start, channels
+            return jax.lax.dynamic_slice(dy, (image, first + row, start, 0), size)
+
         def term(row: int, i: int, j: int) -> Array:
             start, end = columns[j]
-            size = 1, 1, end - start, channels
-            g = jax.lax.dynamic_slice(dy, (image, first + row, start, 0), size)
+            g = gradient(row, start, end)
             above = stride * (first + row) + i - 1
             # Outside of the image, the nearest row is what is read.
             if (row, i) in ((0, 0), (together - 1, 2)):
@@ -267,17 +273,20 @@ def kernel_gradient_by_rows(x: Array, dy: Array, *, stride: int, relu_input: boo
             pixels = jax.lax.dynamic_slice(x, (image, above, stride * start + j - 1, 0), size)
             return activated(pixels[0, 0, ::stride].astype(acc), relu_input) * g[0, 0].astype(acc)
 
-        return tuple(
-            sum((term(row, *divmod(tap, 3)) for row in range(together) if len(total)), start=total)
-            for tap, total in enumerate(sums)
-        )
+        *of_taps, of_bias = sums
+        rows = range(together)
+        return *(
+            sum((term(row, *divmod(tap, 3)) for row in rows if len(total)), start=total)
+            for tap, total in enumerate(of_taps)
+        ), sum((gradient(row, 0, width)[0, 0].astype(acc) for row in rows), start=of_bias)
 
     zeros = [jnp.zeros((max(end - start, 0), channels), acc) for start, end in columns]
     # Two loops, each on a core of its own: what a step computes is too little to be shared.
     middle = [(batch + 1) // 2 * per_image] if large else []
     parts = [
-        jax.lax.fori_loop(*bounds, add_rows, (*zeros,) * 3)
+        jax.lax.fori_loop(*bounds, add_rows, (*zeros * 3, jnp.zeros((width, channels), acc)))
         for bounds in itertools.pairwise([0, *middle, batch * per_image])
     ]
     sums = jax.tree.map(lambda *of_parts: functools.reduce(jnp.add, of_parts), *parts)
-    return jnp.stack([total.sum(0) for total in sums]).reshape(3, 3, channels)
+    *of_taps, dbias = (total.sum(0) for total in sums)
+    return jnp.stack(of_taps).reshape(3, 3, channels), dbias

@@ -23,7 +23,7 @@ def backward(
     x, kernel, bias = saved
     rows, dy = _rows(x), _rows(dy)
     dx = onednn.matmul(dy, kernel.astype(x.dtype), transpose="right").reshape(x.shape)
-    dkernel = onednn.matmul(rows, dy, transpose="left", dtype=jnp.float32).astype(kernel.dtype)
+    dkernel = onednn.kernel_gradient(rows, dy).astype(kernel.dtype)
     if bias is None:
         return dx, dkernel, None
     return dx, dkernel, dy.astype(jnp.float32).sum(0).astype(bias.dtype)

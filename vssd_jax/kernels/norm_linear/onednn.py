@@ -53,7 +53,7 @@ def _backward(
     for part, dy in zip(parts, dys, strict=True):
         dy = dy.astype(x.dtype)
         dx = onednn.matmul(dy, part, None, dx, transpose="right")
-        dparts.append(onednn.matmul(x, dy, transpose="left", dtype=jnp.float32))
+        dparts.append(onednn.kernel_gradient(x, dy))
     return dx, jnp.concatenate(dparts, 1).astype(kernel.dtype)
 
 
