@@ -73,11 +73,9 @@ def _kernel_gradient(x: Array, dy: Array, size: int, padding: int) -> Array:
     That is of `x` moved by each column of the kernel, the copies beside one another, and `dy` moved
     by each row: half as many copies as of patches.
     """
-    moved_x = jnp.pad(x, ((0, 0), (0, 0), (padding, padding), (0, 0)))
-    rest = size - 1 - padding
-    moved_dy = jnp.pad(dy, ((0, 0), (rest, rest), (0, 0), (0, 0)))
-    a = _beside([moved_x[:, :, j : j + dy.shape[2]] for j in range(size)])
-    b = _beside([moved_dy[:, i : i + x.shape[1]] for i in reversed(range(size))])
+    rows, columns = x.shape[1], dy.shape[2]
+    moved = [(0, j - padding) for j in range(size)], [(padding - i, 0) for i in range(size)]
+    a, b = (_beside(t, starts, rows, columns) for t, starts in zip((x, dy), moved, strict=True))
     of_images = onednn.matmul(a, b, transpose="left")
     blocks = of_images.sum(0).reshape(size, x.shape[3], size, dy.shape[3])
     return jnp.transpose(blocks, (2, 0, 1, 3))
@@ -87,24 +85,34 @@ def _kernel_gradient_by_patches(
     x: Array, dy: Array, shape: tuple[int, ...], stride: int, padding: int
 ) -> Array:
     """(h, w, C, D): a product with the patches of `x`."""
-    padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    taps = itertools.product(range(shape[0]), range(shape[1]))
-    ends = [stride * (length - 1) + 1 for length in dy.shape[1:3]]
-    patches = _beside(
-        [padded[:, i : i + ends[0] : stride, j : j + ends[1] : stride] for i, j in taps]
-    )
+    taps = itertools.product(*(range(-padding, size - padding) for size in shape[:2]))
+    patches = _beside(x, list(taps), *dy.shape[1:3], stride)
     rows = patches.reshape(-1, patches.shape[-1]), dy.reshape(-1, dy.shape[-1])
     return onednn.matmul(*rows, transpose="left").reshape(shape)
 
 
-def _beside(parts: list[Array]) -> Array:
-    """(B, H, W, C) each -> (B, H W, n C), in one loop: `jnp.concatenate` takes twice as long."""
-    channels, n = parts[0].shape[-1], len(parts)
-    wide = [
-        jnp.pad(part, ((0, 0),) * 3 + ((k * channels, (n - 1 - k) * channels),))
-        for k, part in enumerate(parts)
-    ]
-    return functools.reduce(jnp.add, wide).reshape(len(parts[0]), -1, n * channels)
+def _beside(
+    x: Array, starts: list[tuple[int, int]], rows: int, columns: int, stride: int = 1
+) -> Array:
+    """(B, H, W, C) -> (B, rows * columns, n C), in one loop.
+
+    The n windows of `x` that start at these rows and columns, beside one another; they are zero
+    where they are outside of `x`. `jnp.concatenate` takes twice as long.
+    """
+    batch, height, width, channels = x.shape
+    heights, widths = (stride * (length - 1) + 1 for length in (rows, columns))
+
+    def window(place: int, row: int, column: int) -> Array:
+        config = (
+            (0, 0, 0),
+            (-row, row + heights - height, 0),
+            (-column, column + widths - width, 0),
+            (place * channels, (len(starts) - 1 - place) * channels, 0),
+        )
+        return jax.lax.pad(x, jnp.zeros((), x.dtype), config)[:, ::stride, ::stride]
+
+    windows = itertools.starmap(window, ((k, *start) for k, start in enumerate(starts)))
+    return functools.reduce(jnp.add, windows).reshape(batch, rows * columns, -1)
 
 
 _conv.defvjp(lambda *args: (_conv(*args), args[:3]), _backward)
