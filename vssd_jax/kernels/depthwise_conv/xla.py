@@ -89,7 +89,8 @@ def _depthwise_conv(
     x: Array, kernel: Array, bias: Array, options: Options, gradients: Gradients
 ) -> Array:
     stride, activation, residual, relu_input = options
-    y = ACTIVATIONS[activation](_convolve(activated(x, relu_input), kernel, bias, stride))
+    y = convolve(activated(x, relu_input), kernel, bias, stride, activation)
+    y = ACTIVATIONS[activation](y)
     if residual:
         y = y + x
     # The barrier keeps a consumer in float32 (a norm) from asking for a second, wide copy.
@@ -117,7 +118,7 @@ def saved(x: Array, kernel: Array, bias: Array, y: Array, options: Options) -> t
 def before_activation(
     options: Options, saved: tuple, dy: Array, convolve: Callable[..., Array]
 ) -> Array:
-    """The gradient of the convolution's result, from that of all; `convolve` as `_convolve`."""
+    """The gradient of the convolution's result, from that of all; `convolve` as here."""
     stride, activation, _, relu_input = options
     x, kernel, bias, y = saved
     dconv = dy
@@ -127,7 +128,7 @@ def before_activation(
         # To compute nine multiply-adds again costs less than to keep the values before the
         # activation. The barrier keeps the compiler from sharing them with the forward pass.
         x = jax.lax.optimization_barrier(x)
-        again = convolve(activated(x, relu_input), kernel, bias, stride)
+        again = convolve(activated(x, relu_input), kernel, bias, stride, activation)
         _, activation_vjp = jax.vjp(ACTIVATIONS[activation], again.astype(_acc(x)))
         (dconv,) = activation_vjp(dy.astype(_acc(x)))
         # Compute it once: all taps of both gradients read it.
@@ -140,8 +141,10 @@ def _backward(
 ) -> tuple[Array, Array, Array]:
     stride, activation, residual, relu_input = options
     x, kernel, bias, _ = saved
-    dconv = before_activation(options, saved, dy, _convolve)
-    if residual and activation is None:  # the residual adds one to the tap in the middle
+    dconv = before_activation(options, saved, dy, convolve)
+    on_gpu = dispatch.target().platform == "gpu"
+    if residual and activation is None and on_gpu:
+        # The residual adds one to the tap in the middle.
         wide = kernel.astype(_acc(x)) + MIDDLE * shared_one()
         dx, dkernel, dbias = gradients(x, dconv, wide, stride, relu_input)
     else:
@@ -181,27 +184,49 @@ TAPS = "depthwise_taps"
 
 
 @jax.named_scope(TAPS)
-def _taps(padded: Array, kernel: Array, stride: int, height: int, width: int) -> Array:
-    """The sum of the nine products."""
-    acc = _acc(padded)
-    terms = (
-        _window(padded, i, j, stride, height, width).astype(acc) * kernel[i, j].astype(acc)
-        for i in range(3)
-        for j in range(3)
-    )
-    return sum(terms, start=jnp.zeros((), acc))
+def _taps(
+    x: Array, kernel: Array, stride: int, height: int, width: int, activation: str | None = None
+) -> Array:
+    """The sum of the nine products: (B, height, width, C). `activation` is what follows."""
+    acc = _acc(x)
+
+    def product(pixels: Array, i: int, j: int) -> Array:
+        return pixels.astype(acc) * kernel[i, j].astype(acc)
+
+    def of_image(i: int, j: int) -> Array:
+        edges, starts = [], []
+        for tap, size, length in zip((i, j), x.shape[1:3], (height, width), strict=True):
+            skipped, start = divmod(tap - 1, stride)
+            starts.append(start)
+            edges.append((-skipped, length + skipped - -(-(size - start) // stride), 0))
+        pixels = product(x[:, starts[0] :: stride, starts[1] :: stride], i, j)
+        return jax.lax.pad(pixels, jnp.zeros((), acc), ((0, 0, 0), *edges, (0, 0, 0)))
+
+    def of_padded(i: int, j: int) -> Array:
+        return product(_window(padded, i, j, stride, height, width), i, j)
+
+    # On a CPU, a padded image is a copy, and padded products are not. But they are branches, and
+    # with these around them, LLVM leaves a loop scalar.
+    scalar = activation == "silu" or (stride > 1 and x.dtype != acc)
+    if dispatch.target().platform == "cpu" and not scalar:
+        term = of_image
+    else:
+        padded, term = _pad(x), of_padded
+    return functools.reduce(jnp.add, itertools.starmap(term, itertools.product(range(3), repeat=2)))
 
 
-def _convolve(x: Array, kernel: Array, bias: Array, stride: int) -> Array:
+def convolve(
+    x: Array, kernel: Array, bias: Array, stride: int, activation: str | None = None
+) -> Array:
+    """The convolution before its `activation`, in float32 at least."""
     height, width = (-(-size // stride) for size in x.shape[1:3])
-    return _taps(_pad(x), kernel, stride, height, width) + bias.astype(_acc(x))
+    return _taps(x, kernel, stride, height, width, activation) + bias.astype(_acc(x))
 
 
 def input_gradient(dy: Array, kernel: Array, stride: int, shape: tuple[int, ...]) -> Array:
     """That of `gradients` for an input of this shape."""
-    flipped = kernel[::-1, ::-1]
     if stride == 1:
-        return _taps(_pad(dy), flipped, 1, *shape[1:3])
+        return _taps(dy, kernel[::-1, ::-1], 1, *shape[1:3])
     # With a stride it is a convolution of the output's gradient spread out with zeros. Pixels of
     # even and odd rows and columns use different taps; handled apart, no zero is multiplied.
     batch, out_h, out_w, channels = dy.shape
