@@ -85,8 +85,8 @@ def _kernel_gradient_by_patches(
     x: Array, dy: Array, shape: tuple[int, ...], stride: int, padding: int
 ) -> Array:
     """(h, w, C, D): a product with the patches of `x`."""
-    taps = itertools.product(*(range(-padding, size - padding) for size in shape[:2]))
-    patches = _beside(x, list(taps), *dy.shape[1:3], stride)
+    taps = [(i - padding, j - padding) for i in range(shape[0]) for j in range(shape[1])]
+    patches = _beside(x, taps, dy.shape[1], dy.shape[2], stride)
     rows = patches.reshape(-1, patches.shape[-1]), dy.reshape(-1, dy.shape[-1])
     return onednn.matmul(*rows, transpose="left").reshape(shape)
 

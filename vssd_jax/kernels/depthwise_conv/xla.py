@@ -226,7 +226,7 @@ def convolve(
 def input_gradient(dy: Array, kernel: Array, stride: int, shape: tuple[int, ...]) -> Array:
     """That of `gradients` for an input of this shape."""
     if stride == 1:
-        return _taps(dy, kernel[::-1, ::-1], 1, *shape[1:3])
+        return _taps(dy, kernel[::-1, ::-1], 1, shape[1], shape[2])
     # With a stride it is a convolution of the output's gradient spread out with zeros. Pixels of
     # even and odd rows and columns use different taps; handled apart, no zero is multiplied.
     batch, out_h, out_w, channels = dy.shape
