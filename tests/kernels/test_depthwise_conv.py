@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from tests.kernels import rows
 from vssd_jax.kernels.depthwise_conv import OPERATION, depthwise_conv, xla
@@ -154,6 +155,19 @@ def test_both_orders_of_the_weight_gradients_agree(
     by_rows = jax.jit(functools.partial(xla.weight_gradients_by_rows, **options))(x, dy)
     for a, b in zip(by_taps, by_rows, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("stride", "activation"), [(1, None), (1, "silu"), (2, "relu")])
+def test_an_exported_program_takes_any_size(stride, activation):
+    def f(x, kernel, bias):
+        x = depthwise_conv(x, kernel, bias, stride=2)
+        return depthwise_conv(x, kernel, bias, stride=stride, activation=activation)
+
+    arrays = [jnp.asarray(a, jnp.float32) for a in inputs((2, 7, 6, 3), 1)[:3]]
+    sizes = export.symbolic_shape("b, h, w")
+    shapes = [jax.ShapeDtypeStruct((*sizes, 3), jnp.float32), *arrays[1:]]
+    exported = export.export(jax.jit(f), platforms=["cpu", "cuda"])(*shapes)
+    np.testing.assert_allclose(exported.call(*arrays), f(*arrays), rtol=1e-5, atol=1e-6)
 
 
 def test_vmap_and_second_derivative(x64):

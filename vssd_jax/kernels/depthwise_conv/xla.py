@@ -194,13 +194,16 @@ def _taps(
         return pixels.astype(acc) * kernel[i, j].astype(acc)
 
     def of_image(i: int, j: int) -> Array:
-        edges, starts = [], []
-        for tap, size, length in zip((i, j), x.shape[1:3], (height, width), strict=True):
-            skipped, start = divmod(tap - 1, stride)
-            starts.append(start)
-            edges.append((-skipped, length + skipped - -(-(size - start) // stride), 0))
-        pixels = product(x[:, starts[0] :: stride, starts[1] :: stride], i, j)
-        return jax.lax.pad(pixels, jnp.zeros((), acc), ((0, 0, 0), *edges, (0, 0, 0)))
+        (down, top), (right, left) = divmod(i - 1, stride), divmod(j - 1, stride)
+        pixels = product(x[:, top::stride, left::stride], i, j)
+        # In terms of the shape as it is, so that symbolic sizes cancel.
+        edges = (
+            (0, 0, 0),
+            (-down, height + down - pixels.shape[1], 0),
+            (-right, width + right - pixels.shape[2], 0),
+            (0, 0, 0),
+        )
+        return jax.lax.pad(pixels, jnp.zeros((), acc), edges)
 
     def of_padded(i: int, j: int) -> Array:
         return product(_window(padded, i, j, stride, height, width), i, j)
