@@ -62,7 +62,7 @@ def _products(jaxpr: core.Jaxpr, in_taps: bool = False) -> int:
             kernel = _array(eqn.invars[1])
             outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += _array(eqn.outvars[0]).size * (kernel.size // outputs)
-        elif eqn.primitive.name == "mul" and taps:
+        elif eqn.primitive.name == "add" and taps:  # one for each tap
             total += _array(eqn.outvars[0]).size
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         total += times * sum(_products(inner, taps) for inner in _inner(eqn.params))

@@ -179,7 +179,7 @@ def _window(padded: Array, i: int, j: int, stride: int, height: int, width: int)
 # Up to so many values of the input, the gradient's loop on a CPU is quick to compile, not to run.
 SMALL = 2**17
 
-# The scope in which the taps are multiplied, by which `models.count` finds these products.
+# The scope in which the taps are added up, by which `models.count` finds their products.
 TAPS = "depthwise_taps"
 
 
@@ -215,7 +215,8 @@ def _taps(
         term = of_image
     else:
         padded, term = _pad(x), of_padded
-    return functools.reduce(jnp.add, itertools.starmap(term, itertools.product(range(3), repeat=2)))
+    terms = itertools.starmap(term, itertools.product(range(3), repeat=2))
+    return sum(terms, start=jnp.zeros((), acc))
 
 
 def convolve(
