@@ -141,7 +141,7 @@ def test_gpu(x64, case, implementation, dtype):
     compare_narrow(ours, formula, shape, stride, dtype)
 
 
-@pytest.mark.parametrize(("relu_input", "small"), [(True, 0), (False, xla.SMALL)])
+@pytest.mark.parametrize(("relu_input", "small"), [(False, 0), (True, 0), (True, xla.SMALL)])
 @pytest.mark.parametrize("stride", [1, 2])
 # Rows in one group and in several, prime numbers of them, and images of one row or column.
 @pytest.mark.parametrize("size", [(7, 6), (8, 5), (30, 3), (17, 4), (58, 2), (1, 5), (6, 1)])

@@ -147,6 +147,19 @@ def test_the_parts_of_a_product(available, activation, residual):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+# As it is, as the transpose of a wide result, and of a narrow one.
+@pytest.mark.parametrize("sizes", [(100, 24, 16), (1000, 8, 16), (100, 24, 3)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kernel_gradient(available, sizes, dtype):
+    rows, *widths = sizes
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.standard_normal((rows, width)), dtype) for width in widths)
+    found = jax.jit(onednn.kernel_gradient)(x, dy)
+    assert found.dtype == jnp.float32
+    expected = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_a_bias_is_added_before_the_rounding(available):
     x, kernel = jnp.full((1, 2), 16.0, jnp.bfloat16), jnp.asarray([[16.0], [0.0625]])
     found = examples.FUNCTIONS["linear"](x, kernel, jnp.asarray([1.0]), implementation="onednn")

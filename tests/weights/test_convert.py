@@ -170,7 +170,7 @@ def change(state, kind, rng):
 @pytest.mark.parametrize("kind", ["removed", "renamed", "added", "grown", "cut", "flat", "integer"])
 def test_state_dicts_that_do_not_fit_are_refused_by_name(kind, tmp_path):
     rng = random.Random(kind)
-    for _ in range(6):
+    for _ in range(12):
         state = state_dict()
         name = change(state, kind, rng)
         write_torch_file(tmp_path / "bad.pth", state)
