@@ -60,12 +60,9 @@ def weight_gradients(
     x: Array, dy: Array, stride: int, relu_input: bool
 ) -> tuple[Array, Array]:
     """Those of `gradients` for the kernel and the bias."""
-    return jax.lax.platform_dependent(
-        x,
-        dy,
-        cpu=functools.partial(weight_gradients_by_rows, stride=stride, relu_input=relu_input),
-        default=functools.partial(weight_gradients_by_taps, stride=stride, relu_input=relu_input),
-    )
+    on_cpu = dispatch.target().platform == "cpu"
+    form = weight_gradients_by_rows if on_cpu else weight_gradients_by_taps
+    return form(x, dy, stride=stride, relu_input=relu_input)
 
 
 def depthwise_conv(
@@ -176,6 +173,11 @@ def _window(padded: Array, i: int, j: int, stride: int, height: int, width: int)
     return jax.lax.slice(padded, (0, i, j, 0), limit, (1, stride, stride, 1))
 
 
+# Layers of equal shapes share one trace.
+TRACED_ONCE = functools.partial(
+    jax.jit, static_argnames=("stride", "relu_input"), inline=True
+)
+
 # Up to so many values of the input, the gradient's loop on a CPU is quick to compile, not to run.
 SMALL = 2**17
 
@@ -253,6 +255,7 @@ def input_gradient(dy: Array, kernel: Array, stride: int, shape: tuple[int, ...]
     return dx[:, : shape[1], : shape[2]]
 
 
+@TRACED_ONCE
 def weight_gradients_by_taps(
     x: Array, dy: Array, *, stride: int, relu_input: bool
 ) -> tuple[Array, Array]:
@@ -267,6 +270,7 @@ def weight_gradients_by_taps(
     return jnp.stack(taps).reshape(3, 3, -1), dy.astype(acc).sum((0, 1, 2))
 
 
+@TRACED_ONCE
 def weight_gradients_by_rows(
     x: Array, dy: Array, *, stride: int, relu_input: bool
 ) -> tuple[Array, Array]:
