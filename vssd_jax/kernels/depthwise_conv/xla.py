@@ -56,9 +56,7 @@ def gradients(
     return dx, *weight_gradients(x, dy, stride, relu_input)
 
 
-def weight_gradients(
-    x: Array, dy: Array, stride: int, relu_input: bool
-) -> tuple[Array, Array]:
+def weight_gradients(x: Array, dy: Array, stride: int, relu_input: bool) -> tuple[Array, Array]:
     """Those of `gradients` for the kernel and the bias."""
     on_cpu = dispatch.target().platform == "cpu"
     form = weight_gradients_by_rows if on_cpu else weight_gradients_by_taps
@@ -174,9 +172,7 @@ def _window(padded: Array, i: int, j: int, stride: int, height: int, width: int)
 
 
 # Layers of equal shapes share one trace.
-TRACED_ONCE = functools.partial(
-    jax.jit, static_argnames=("stride", "relu_input"), inline=True
-)
+_traced_once = functools.partial(jax.jit, static_argnames=("stride", "relu_input"), inline=True)
 
 # Up to so many values of the input, the gradient's loop on a CPU is quick to compile, not to run.
 SMALL = 2**17
@@ -255,7 +251,7 @@ def input_gradient(dy: Array, kernel: Array, stride: int, shape: tuple[int, ...]
     return dx[:, : shape[1], : shape[2]]
 
 
-@TRACED_ONCE
+@_traced_once
 def weight_gradients_by_taps(
     x: Array, dy: Array, *, stride: int, relu_input: bool
 ) -> tuple[Array, Array]:
@@ -270,7 +266,7 @@ def weight_gradients_by_taps(
     return jnp.stack(taps).reshape(3, 3, -1), dy.astype(acc).sum((0, 1, 2))
 
 
-@TRACED_ONCE
+@_traced_once
 def weight_gradients_by_rows(
     x: Array, dy: Array, *, stride: int, relu_input: bool
 ) -> tuple[Array, Array]:
