@@ -58,7 +58,14 @@ def gradients(
 
 def weight_gradients(x: Array, dy: Array, stride: int, relu_input: bool) -> tuple[Array, Array]:
     """Those of `gradients` for the kernel and the bias."""
-    on_cpu = dispatch.target().platform == "cpu"
+    return _weight_gradients(x, dy, stride, relu_input, dispatch.target().platform == "cpu")
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
+def _weight_gradients(
+    x: Array, dy: Array, stride: int, relu_input: bool, on_cpu: bool
+) -> tuple[Array, Array]:
+    # Under `jax.jit`, layers of equal shapes share one trace: hundreds of operations each.
     form = weight_gradients_by_rows if on_cpu else weight_gradients_by_taps
     return form(x, dy, stride=stride, relu_input=relu_input)
 
@@ -171,9 +178,6 @@ def _window(padded: Array, i: int, j: int, stride: int, height: int, width: int)
     return jax.lax.slice(padded, (0, i, j, 0), limit, (1, stride, stride, 1))
 
 
-# Layers of equal shapes share one trace.
-_traced_once = functools.partial(jax.jit, static_argnames=("stride", "relu_input"), inline=True)
-
 # Up to so many values of the input, the gradient's loop on a CPU is quick to compile, not to run.
 SMALL = 2**17
 
@@ -251,7 +255,6 @@ def input_gradient(dy: Array, kernel: Array, stride: int, shape: tuple[int, ...]
     return dx[:, : shape[1], : shape[2]]
 
 
-@_traced_once
 def weight_gradients_by_taps(
     x: Array, dy: Array, *, stride: int, relu_input: bool
 ) -> tuple[Array, Array]:
@@ -266,7 +269,6 @@ def weight_gradients_by_taps(
     return jnp.stack(taps).reshape(3, 3, -1), dy.astype(acc).sum((0, 1, 2))
 
 
-@_traced_once
 def weight_gradients_by_rows(
     x: Array, dy: Array, *, stride: int, relu_input: bool
 ) -> tuple[Array, Array]:
