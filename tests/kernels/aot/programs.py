@@ -5,9 +5,9 @@
 
 needs the packages `jax-cuda12-plugin` and `jax-cuda12-pjrt` (no CUDA libraries). It prints a line
 of JSON for each program: kernels, bytes (operands and results of every kernel, per image),
-temporary memory, transposes and, for a single operation where NVIDIA's `ptxas` is found, the Pallas
-kernels whose registers spill. XLA's own Triton compiles the Pallas kernels, so that lowering errors
-and shared memory that overflows show here. GEMMs are what XLA chooses without measuring.
+temporary memory, transposes and, where NVIDIA's `ptxas` is found, the Pallas kernels whose registers
+spill. XLA's own Triton compiles the Pallas kernels, so that lowering errors and shared memory that
+overflows show here. GEMMs are what XLA chooses without measuring.
 """
 
 import functools
@@ -422,8 +422,7 @@ def measured(arch, description):
     """The figures of one program."""
     with tracing_for(arch), tempfile.TemporaryDirectory() as folder:
         f, avals, images = program(description)
-        look = ptxas() and description.startswith("op")
-        options = {"xla_dump_to": folder} if look else {}
+        options = {"xla_dump_to": folder} if ptxas() else {}
         if re.match("(step|predict) (mask_rcnn|upernet)", description):
             # XLA finds no tiles for some of their products without measuring: cuBLAS for all.
             options["xla_gpu_enable_triton_gemm"] = False
@@ -431,7 +430,7 @@ def measured(arch, description):
         compiled = compile_for(arch, f, avals, donated, **options)
         figures = count(compiled.as_text(), images)
         figures["temporary_megabytes"] = round(compiled.memory_analysis().temp_size_in_bytes / 1e6)
-        return figures | {"spills": spills(folder) if look else None}
+        return figures | {"spills": spills(folder) if ptxas() else None}
 
 
 def record(archs):
