@@ -95,8 +95,8 @@ def test_pallas_float32(shape, poisoned_tails):
 @pytest.mark.parametrize("programs", [1, 40])
 def test_pallas_float32_by_other_numbers_of_programs(programs, poisoned_tails, monkeypatch):
     module = rows.pallas(OPERATION)
-    for name in ("PROGRAMS", "FORWARD_PROGRAMS"):
-        monkeypatch.setattr(module, name, programs)
+    monkeypatch.setattr(module, "WARPS", 8 * programs)
+    monkeypatch.setattr(module, "FORWARD_PROGRAMS", programs)
     jax.clear_caches()
     assert max(errors(interpreted, arguments((3, 9, 26, 8), jnp.float32))) < 1e-6
     jax.clear_caches()

@@ -5,11 +5,12 @@
 
 needs the packages `jax-cuda12-plugin` and `jax-cuda12-pjrt` (no CUDA libraries). It prints a line
 of JSON for each program: kernels, bytes (operands and results of every kernel, per image),
-temporary memory, transposes and, where NVIDIA's `ptxas` is found, the Pallas kernels whose registers
-spill. XLA's own Triton compiles the Pallas kernels, so that lowering errors and shared memory that
-overflows show here. GEMMs are what XLA chooses without measuring.
+temporary memory, transposes and, where NVIDIA's `ptxas` is found and new enough for XLA's code, the
+Pallas kernels whose registers spill. XLA's own Triton compiles the Pallas kernels, so that lowering
+errors and shared memory that overflows show here. GEMMs are what XLA chooses without measuring.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -195,21 +196,32 @@ def count(text, images):
 
 
 def ptxas() -> str | None:
-    """NVIDIA's assembler: of a CUDA toolkit, or of the package `nvidia-cuda-nvcc-cu12`."""
-    packages = [pathlib.Path(path) / "nvidia/cuda_nvcc/bin" for path in sys.path]
-    places = [os.environ.get("PATH", ""), "/usr/local/cuda/bin", *map(str, packages)]
+    """NVIDIA's assembler: of `nvidia-cuda-nvcc`, a CUDA toolkit, or `nvidia-cuda-nvcc-cu12`."""
+    new, old = ([str(pathlib.Path(path) / "nvidia" / folder / "bin") for path in sys.path]
+                for folder in ("cu13", "cuda_nvcc"))
+    places = [*new, os.environ.get("PATH", ""), "/usr/local/cuda/bin", *old]
     return shutil.which("ptxas", path=os.pathsep.join(places))
 
 
-def spills(folder) -> list[str]:
-    """The Pallas kernels in XLA's dump that spill registers, with the bytes that they store."""
-    found = []
-    for ptx in pathlib.Path(folder).glob("*.ptx"):
+def spills(folder) -> list[str] | None:
+    """The Pallas kernels in XLA's dump that spill registers, with the bytes that they store.
+
+    None, and a line on stderr, where `ptxas` is too old to tell.
+    """
+    found, files = [], list(pathlib.Path(folder).glob("*.ptx"))
+    if not files:
+        raise RuntimeError("XLA wrote no PTX: whether registers spill cannot be told")
+    for ptx in files:
         target = re.search(r"^\.target (\w+)", ptx.read_text(), re.MULTILINE)
         if not target:  # an empty module
             continue
         command = [ptxas(), "-v", f"-arch={target[1]}", str(ptx), "-o", os.devnull]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        run = subprocess.run(command, capture_output=True, text=True)
+        said = run.stderr
+        if "Unsupported .version" in said:
+            print(f"spills are not looked for: {said.splitlines()[0]}", file=sys.stderr)
+            return None
+        run.check_returncode()
         # Not XLA's own kernels, "..._fusion".
         entry = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores"
         found += [f"{name} {size}" for name, size in re.findall(entry, said, re.S)
@@ -422,7 +434,8 @@ def measured(arch, description):
     """The figures of one program."""
     with tracing_for(arch), tempfile.TemporaryDirectory() as folder:
         f, avals, images = program(description)
-        options = {"xla_dump_to": folder} if ptxas() else {}
+        # Without the second jax 0.12 writes no PTX.
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"} if ptxas() else {}
         if re.match("(step|predict) (mask_rcnn|upernet)", description):
             # XLA finds no tiles for some of their products without measuring: cuBLAS for all.
             options["xla_gpu_enable_triton_gemm"] = False
@@ -457,8 +470,9 @@ def main():
         return record(sys.argv[2:] or KINDS)
     arch, *descriptions = sys.argv[1:]
     for description in descriptions:
-        line = {"program": description, "arch": arch} | measured(arch, description)
-        print(json.dumps(line), flush=True)
+        with contextlib.redirect_stdout(sys.stderr):  # what a config says is no answer
+            figures = measured(arch, description)
+        print(json.dumps({"program": description, "arch": arch} | figures), flush=True)
 
 
 if __name__ == "__main__":

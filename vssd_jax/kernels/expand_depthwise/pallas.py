@@ -28,7 +28,7 @@ MAX_CHANNELS = 256  # with more, the products fill the registers
 # With more, the gradients of the weights fill them, and computing the hidden layer in both kernels
 # takes longer than reading it; under differentiation it is then "xla", forward and backward.
 MAX_GRADIENT_CHANNELS = 128
-PROGRAMS = 256  # for the gradients of the weights: a GPU is occupied, and partial sums are few
+WARPS = 2048  # for the gradients of the weights: a GPU is occupied, and partial sums are few
 FORWARD_PROGRAMS = 512  # at least, where a picture has so many rows
 
 
@@ -297,7 +297,7 @@ class Sizes(NamedTuple):
 
 
 # The largest sizes whose registers do not spill, and whose arrays fit into the shared memory, on
-# any of the GPUs of the tests. (The gradients of the weights of 96 channels spill one register.)
+# any of the GPUs of the tests.
 def _forward_sizes(channels: int) -> Sizes:
     if channels > 128:
         return Sizes(16, 64, 4, 2)
@@ -305,7 +305,10 @@ def _forward_sizes(channels: int) -> Sizes:
 
 
 def _weight_sizes(channels: int) -> Sizes:
-    return Sizes(16, 64, 8, 2) if channels <= 64 else Sizes(16, 32, 8, 3)
+    if channels <= 64:
+        return Sizes(16, 64, 8, 2)
+    # With a mask of the channels 32 units spill one register.
+    return Sizes(16, 32, 8, 3) if channels == 128 else Sizes(16, 16, 4, 3)
 
 
 def _input_sizes(channels: int) -> Sizes:
@@ -351,9 +354,10 @@ def _weight_gradient(x: Array, dy: Array, w1t: Array, b1: Array, kernel: Array) 
     picture, (hidden, channels) = _picture(x), w1t.shape
     block, tile, warps, stages = _weight_sizes(channels)
     chunks, blocks = pl.cdiv(hidden, tile), pl.cdiv(picture.images * picture.out_width, block)
-    steps = pl.cdiv(blocks, max(1, PROGRAMS // chunks))
+    programs = WARPS // warps
+    steps = pl.cdiv(blocks, max(1, programs // chunks))
     groups = pl.cdiv(blocks, steps)
-    parts, rows = _parts(picture, PROGRAMS // (chunks * groups))
+    parts, rows = _parts(picture, programs // (chunks * groups))
     sums = tiles.call(
         functools.partial(
             _weight_gradient_kernel,
