@@ -203,6 +203,15 @@ def ptxas() -> str | None:
     return shutil.which("ptxas", path=os.pathsep.join(places))
 
 
+@functools.cache
+def release() -> str | None:
+    """The release of CUDA that `ptxas` is of, such as "13.0"."""
+    if not ptxas():
+        return None
+    said = subprocess.run([ptxas(), "--version"], capture_output=True, text=True, check=True)
+    return re.search(r"release ([\d.]+)", said.stdout)[1]
+
+
 def spills(folder) -> list[str] | None:
     """The Pallas kernels in XLA's dump that spill registers, with the bytes that they store.
 
@@ -443,7 +452,8 @@ def measured(arch, description):
         compiled = compile_for(arch, f, avals, donated, **options)
         figures = count(compiled.as_text(), images)
         figures["temporary_megabytes"] = round(compiled.memory_analysis().temp_size_in_bytes / 1e6)
-        return figures | {"spills": spills(folder) if ptxas() else None}
+        found = spills(folder) if ptxas() else None
+        return figures | {"spills": found, "ptxas": release()}
 
 
 def record(archs):
@@ -451,7 +461,7 @@ def record(archs):
     path = HERE / "recorded.json"
     recorded = json.loads(path.read_text())
     if set(archs) == set(KINDS):
-        recorded["jax"] = jax.__version__
+        recorded |= {"jax": jax.__version__, "ptxas": release()}
     elif recorded["jax"] != jax.__version__:
         sys.exit(f"the records are of jax {recorded['jax']}: use it, or record all cards anew")
     for arch in archs:

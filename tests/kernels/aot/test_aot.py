@@ -20,6 +20,7 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 RECORDED = json.loads((HERE / "recorded.json").read_text())
 WITH = RECORDED.pop("jax")  # another version's compiler fuses otherwise
+PTXAS = RECORDED.pop("ptxas")  # another release gives out registers otherwise
 
 
 @functools.cache
@@ -51,7 +52,8 @@ def test_whole_steps(arch):
 def check(arch, programs):
     """Fewer kernels or bytes: record them. More: something has come apart.
 
-    With another jax than they were recorded with: that they compile, without spills.
+    With another jax than they were recorded with: that they compile. With another ptxas, spills are
+    printed.
     """
     if why_not() or not programs:
         pytest.skip(why_not() or "none is recorded")
@@ -67,7 +69,11 @@ def check(arch, programs):
         # resizing in UperNet transpose for their products.
         transposes = [] if re.search("mask_rcnn|upernet", program) else line["transposes"]
         assert not transposes, f"{program} transposes {transposes}"
-        assert not line["spills"], f"{program} spills registers: {line['spills']}"
+        spilling = f"{program} spills registers: {line['spills']}"
+        if line["spills"] and line["ptxas"] != PTXAS:
+            print(f"{spilling} (ptxas {line['ptxas']}; recorded with {PTXAS})")
+        else:
+            assert not line["spills"], spilling
         if jax.__version__ != WITH:
             continue
         assert line["kernels"] <= figures["kernels"], program
