@@ -227,14 +227,13 @@ def spills(folder) -> list[str] | None:
             continue
         command = [ptxas(), "-v", f"-arch={target[1]}", str(ptx), "-o", os.devnull]
         run = subprocess.run(command, capture_output=True, text=True)
-        said = run.stderr
-        if "Unsupported .version" in said:
-            print(f"spills are not looked for: {said.splitlines()[0]}", file=sys.stderr)
+        if "Unsupported .version" in run.stderr:
+            print(f"spills are not looked for: {run.stderr.splitlines()[0]}", file=sys.stderr)
             return None
         run.check_returncode()
         # Not XLA's own kernels, "..._fusion".
         entry = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores"
-        found += [f"{name} {size}" for name, size in re.findall(entry, said, re.S)
+        found += [f"{name} {size}" for name, size in re.findall(entry, run.stderr, re.S)
                   if size != "0" and "fusion" not in name]
     return found
 
